@@ -1,0 +1,25 @@
+"""`python -m benchmarks [reading|step ...]`: print the tables, all by default. One thread, CPU time."""
+
+import os
+import sys
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+
+from benchmarks import reading, step
+
+TABLES = {"reading": reading.main, "step": step.main}
+
+
+def main(names: list[str]) -> int:
+    """Print the named tables; exit status."""
+    if unknown := set(names) - set(TABLES):
+        print(f"error: no table {', '.join(sorted(unknown))}; there are {', '.join(TABLES)}", file=sys.stderr)
+        return 2
+    for name in names or TABLES:
+        TABLES[name]()
+        print()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,59 @@
+"""The front door: `sora-lite VERB`. One thin module per verb, imported only when it is called."""
+
+import importlib
+import sys
+from collections.abc import Callable
+
+from sora_lite import __version__
+from sora_lite.errors import UserError
+
+VERBS: dict[str, tuple[str, str]] = {
+    "demo": ("demo", "the whole way on moving handwritten digits: data, VAE, DiT, clips, figures"),
+    "train-vae": ("train", "train the causal spatiotemporal VAE on shards"),
+    "train": ("train", "train the video DiT on shards"),
+    "export": ("export", "write a run's newest checkpoint as safetensors for inference"),
+    "generate": ("generate", "make clips from an exported model"),
+    "evaluate": ("evaluate", "measure a model of a labelled data set with classifiers trained on real clips"),
+    "inspect": ("inspect", "parameters and FLOPs of a model, without building it"),
+    "submit": ("submit", "submit a training job to Slurm"),
+}
+"""Verb: (module of `sora_lite.cli`, one line of help). A module has `main(verb, argv)`."""
+
+
+def run_verb(action: Callable[[], object]) -> int:
+    """Call `action`; a `UserError` becomes one line on stderr and exit status 2, Ctrl-C becomes 130."""
+    try:
+        action()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from what is done", file=sys.stderr)
+        return 130
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of `sora-lite`. Returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(f"sora_lite {__version__}: train video Diffusion Transformers\n\nusage: sora-lite VERB [--help] ...\n")
+        for verb, (_, line) in VERBS.items():
+            print(f"  {verb:<11}{line}")
+        print("\nData sets are made by `sora-data`. `sora-lite VERB --help` shows every setting of a verb.")
+        return 0
+    if argv[0] == "--version":
+        print(__version__)
+        return 0
+
+    def call() -> None:
+        verb = argv[0]
+        if verb not in VERBS:
+            import difflib
+
+            near = difflib.get_close_matches(verb, VERBS, n=1)
+            cure = f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}"
+            raise UserError(f"{verb}: no such verb; {cure}")
+        importlib.import_module(f"sora_lite.cli.{VERBS[verb][0]}").main(verb, argv[1:])
+
+    return run_verb(call)

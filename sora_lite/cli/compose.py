@@ -1,0 +1,217 @@
+"""From a command line to a checked configuration object, with errors that name the cause and the cure."""
+
+import difflib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import Field, fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sora_lite import config as schema
+from sora_lite.errors import UserError
+
+
+def assets(name: str) -> Path:
+    """Folder `conf` or `slurm`: inside the package when installed from a wheel, beside it in a checkout."""
+    package = Path(schema.__file__).parent
+    for folder in (package / name, package.parent / name):
+        if folder.is_dir():
+            return folder
+    raise UserError(f"the folder {name}/ is missing from this installation; install sora_lite again")
+
+
+def compose(root: str, overrides: list[str]) -> Any:
+    """Compose `conf/{root}.yaml` with overrides into its typed root object and check it.
+
+    Args:
+        root: a key of `sora_lite.config.ROOTS`.
+        overrides: Hydra overrides, such as `run.steps=10` or `model=dit_s_2`.
+
+    Raises:
+        UserError: an unknown key or choice, a wrong type, a missing value, or a broken rule between fields.
+    """
+    tree = compose_tree(root, overrides)
+    missing = sorted(OmegaConf.missing_keys(tree))
+    if missing:
+        what = ", ".join(f"{key}=..." for key in missing)
+        raise UserError(f"{missing[0]}: has no value yet; add {what}")
+    config = OmegaConf.to_object(tree)
+    schema.check(config)
+    return config
+
+
+def compose_tree(root: str, overrides: list[str]) -> DictConfig:
+    """As `compose`, but the tree itself, where values may still be missing."""
+    schema.register()
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(assets("conf")), version_base="1.3"):
+            tree = hydra.compose(root, overrides)
+            OmegaConf.resolve(tree)
+            return tree
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_explain(error, root)) from error
+
+
+def to_yaml(root: str, overrides: list[str]) -> str:
+    """The resolved configuration as YAML: what `--cfg job` prints."""
+    return OmegaConf.to_yaml(compose_tree(root, overrides), resolve=True)
+
+
+# ---------------------------------------------------------------------------------------------------- errors
+
+
+def _explain(error: Exception, root: str) -> str:
+    """One line for an exception of Hydra or OmegaConf."""
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__
+    for link in chain:
+        text = str(link)
+        if match := re.search(r"Key '([^']+)' (?:is )?not in (?:struct|'\w+')", text):
+            full = re.search(r"full_key: (\S+)", text)
+            return _unknown_key(full.group(1) if full else match.group(1), root)
+        if "full_key:" in text and ("could not be converted" in text or "Incompatible value" in text or "Invalid" in text):
+            key = re.search(r"full_key: (\S+)", text)
+            return f"{key.group(1) if key else ''}: {text.splitlines()[0]}{_expected(key.group(1) if key else '', root)}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    message = lines[0] if lines else type(error).__name__
+    if match := re.search(r"Could not override '([^']+)'", message):
+        return _unknown_key(match.group(1), root)
+    if match := re.search(r"Could not find '([^']+)/([^'/]+)'", message) or re.search(
+        r"In '[^']+': Could not find '([^']+)/([^'/]+)'", message
+    ):
+        group, choice = match.groups()
+        return f"{group}={choice}: no such choice; {_nearest(choice, choices(group))}"
+    return " ".join(lines)
+
+
+def _unknown_key(key: str, root: str) -> str:
+    key = re.sub(r"\[\d+\]", "", key)
+    names = [name for name, _ in leaves(schema.ROOTS[root])] + groups(root)
+    return f"{key}: no such key; {_nearest(key, names)}"
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    # A path whose last part is right beats one that merely looks alike, since people forget the first part.
+    tails = [name for name in known if name.rsplit(".", 1)[-1] == word.rsplit(".", 1)[-1]]
+    near = tails[:1] or difflib.get_close_matches(word, known, n=1, cutoff=0.4)
+    return f"the nearest is {near[0]}" if near else f"there are {', '.join(sorted(known))}"
+
+
+def _expected(key: str, root: str) -> str:
+    for name, kind in leaves(schema.ROOTS[root]):
+        if name == key:
+            if isinstance(kind, type) and issubclass(kind, Enum):
+                return f" (expected one of {', '.join(member.name for member in kind)})"
+            return f" (expected {type_name(kind)})"
+    return ""
+
+
+# ---------------------------------------------------------------------------------------------------- help
+
+
+def groups(root: str) -> list[str]:
+    """Config groups of a root, such as `model`: keys of the root for which `conf/` has choices."""
+    names = [field.name for field in fields(schema.ROOTS[root])] + ["experiment"]
+    defaults = (assets("conf") / f"{root}.yaml").read_text()
+    return [name for name in names if (assets("conf") / name).is_dir() and f"{name}:" in defaults]
+
+
+def choices(group: str) -> list[str]:
+    """Names that can be given to a group."""
+    return sorted(path.stem for path in (assets("conf") / group).glob("*.yaml"))
+
+
+def leaves(node: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and types of all fields under a dataclass; rows of a list of dataclasses appear as `name.field`."""
+    hints = get_type_hints(node)
+    for field in fields(node):
+        kind = hints[field.name]
+        inner = next((arg for arg in (kind, *get_args(kind)) if is_dataclass(arg)), None)
+        if inner is None:
+            yield prefix + field.name, kind
+        else:
+            if inner is not kind:
+                yield prefix + field.name, kind
+            yield from leaves(inner, f"{prefix}{field.name}.")
+
+
+def type_name(kind: Any) -> str:
+    """A type as people write it: `int`, `list[int]`, `float or null`."""
+    args = [arg for arg in get_args(kind) if arg is not type(None)]
+    if type(None) in get_args(kind):
+        return f"{' or '.join(type_name(arg) for arg in args)} or null"
+    if args:
+        return f"list of {type_name(args[0])}"
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return "|".join(member.name for member in kind)
+    return getattr(kind, "__name__", str(kind))
+
+
+def help_text(verb: str, root: str) -> str:
+    """What `sora-lite VERB --help` prints below its first line: usage, groups and every field with its doc."""
+    lines = [
+        f"usage: sora-lite {verb} [--help] [--cfg job] [GROUP=CHOICE ...] [KEY=VALUE ...]",
+        "",
+        "  --cfg job   print the resolved configuration and stop",
+    ]
+    if names := groups(root):
+        lines += ["", "groups:"]
+        lines += [f"  {name:<12}{', '.join(choices(name))}" for name in names]
+    lines += ["", "keys:", *_field_lines(schema.ROOTS[root], "")]
+    return "\n".join(lines)
+
+
+def _field_lines(node: type, prefix: str) -> Iterator[str]:
+    hints, docs = get_type_hints(node), schema.field_docs(node)
+    for field in fields(node):
+        kind = hints[field.name]
+        inner = next((arg for arg in (kind, *get_args(kind)) if is_dataclass(arg)), None)
+        name = prefix + field.name
+        if inner is not kind:
+            yield f"  {name}  ({type_name(kind)}{_default(field)})"
+            yield f"      {docs[field.name]}"
+        if inner is not None:
+            yield from _field_lines(inner, f"{name}.")
+
+
+def _default(field: Field) -> str:
+    value = field.default_factory() if field.default_factory is not NO_DEFAULT else field.default
+    if value is NO_DEFAULT or value == "???" or is_dataclass(value):
+        return ", required" if value == "???" else ""
+    if isinstance(value, Enum):
+        value = value.name
+    return f", {json.dumps(value)}"
+
+
+def configure(verb: str, argv: list[str]) -> Any:
+    """The configuration of a verb from its arguments. `--help` and `--cfg job` print and exit.
+
+    Raises:
+        UserError: see `compose`; also for an unknown option.
+    """
+    root = verb.replace("-", "_")
+    if "--help" in argv or "-h" in argv:
+        print(help_text(verb, root))
+        raise SystemExit(0)
+    show = argv[-2:] == ["--cfg", "job"] or argv[:2] == ["--cfg", "job"]
+    overrides = [arg for arg in argv if arg not in ("--cfg", "job")] if show else argv
+    for arg in overrides:
+        if arg.startswith("-"):
+            raise UserError(f"{arg}: no such option; there are --help and --cfg job, settings are given as KEY=VALUE")
+    if show:
+        print(to_yaml(root, overrides))
+        raise SystemExit(0)
+    return compose(root, overrides)

@@ -1,0 +1,61 @@
+"""`sora-lite export`: a run's newest checkpoint as safetensors with a contract, for inference."""
+
+from pathlib import Path
+from typing import Any
+
+from sora_lite.cli.compose import configure
+from sora_lite.config import ExportConfig
+from sora_lite.errors import UserError
+
+
+def main(verb: str, argv: list[str]) -> None:
+    """Export and say where it lies."""
+    config: ExportConfig = configure(verb, argv)
+    out = export(Path(config.run), Path(config.out) if config.out else None, config.weights)
+    print(f"exported to {out}")
+
+
+def export(run: Path, out: Path | None, weights: str) -> Path:
+    """Write the export of a run. Returns its folder.
+
+    Raises:
+        UserError: there is no checkpoint, it is damaged, or has no such weights.
+    """
+    from sora_lite.generation import export as exports
+    from sora_lite.models.vae import CausalVAE
+    from sora_lite.training import checkpoint
+
+    path = checkpoint.latest(run / "checkpoints")
+    if path is None:
+        raise UserError(f"{run}: holds no checkpoint yet; train it first, or check the path")
+    tensors, state = checkpoint.read_full(path, weights)
+    extra: dict[str, Any] = state["extra"]
+    kind, objective = extra["must_agree"]["kind"], extra["must_agree"]["objective"]
+    out = out or run / "export"
+    contract: dict[str, Any] = {
+        "kind": kind,
+        "run": run.name,
+        "step": state["step"],
+        "weights": weights,
+        "clip": extra["clip"],
+        "fps": extra["fps"],
+    }
+    if kind == "vae":
+        vae = CausalVAE(**objective["vae"])
+        vae.load_state_dict(tensors)
+        contract |= {"architecture": objective["vae"], "vae_fingerprint": vae.fingerprint()}
+    else:
+        vae_from = Path(extra["config"]["vae_from"])
+        vae, vae_contract = exports.load_vae(vae_from)
+        if vae_contract.vae_fingerprint != objective["vae_fingerprint"]:
+            raise UserError(
+                f"{vae_from}: is no longer the VAE that {run} was trained against; put that one back before exporting"
+            )
+        exports.write(out / "vae", vae_contract, vae.state_dict())
+        contract |= {
+            "architecture": objective["model"],
+            "vae_fingerprint": objective["vae_fingerprint"],
+            "shift": extra["config"]["diffusion"]["shift"],
+        }
+    exports.write(out, exports.Contract(**contract), tensors)
+    return out

@@ -1,0 +1,110 @@
+"""`sora-lite generate`: clips from an exported model, as mp4 files, a contact sheet and a page."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from sora_lite.cli.compose import configure
+from sora_lite.config import GenerateConfig
+from sora_lite.data.index import Index
+from sora_lite.data.loader import ClipReader
+from sora_lite.data.video import write_mp4
+from sora_lite.errors import UserError
+from sora_lite.evaluation.page import PageClip, contact_sheet, loss_plot, write_page
+from sora_lite.generation.export import Contract, load_dit
+from sora_lite.generation.pipeline import Pipeline, Request
+from sora_lite.parallel.env import local_device
+
+DEFAULT_FPS = 8.0
+REAL_CLIPS = 8
+
+
+def main(verb: str, argv: list[str]) -> None:
+    """Generate and say where the clips lie."""
+    config: GenerateConfig = configure(verb, argv)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    requests = make_requests(config.prompts, config.labels, config.count)
+    dit, vae, contract = load_dit(Path(config.model))
+    pipeline = Pipeline(dit, vae, local_device())
+    clip = clip_size(config, contract)
+    generations = pipeline.generate(requests, clip=clip, sampling=config.sampling)
+    clips = [video.numpy() for video in tqdm(generations, total=len(requests), desc="generating", unit="clip")]
+    out = Path(config.out)
+    write(out, requests, clips, config, contract)
+    print(f"{len(clips)} clips in {out}; look at {out / 'index.html'}")
+
+
+def make_requests(prompts: list[str], labels: list[int], count: int) -> list[Request]:
+    """One request per prompt (or label, or both side by side) and repetition.
+
+    Raises:
+        UserError: nothing is asked for, or prompts and labels differ in number.
+    """
+    if not prompts and not labels:
+        raise UserError("prompts: nothing to generate; give prompts='[\"a text\"]' or labels=[0]")
+    if prompts and labels and len(prompts) != len(labels):
+        raise UserError(f"labels: {len(labels)} labels for {len(prompts)} prompts; give one per prompt, or none")
+    prompts = prompts or [""] * len(labels)
+    labels = labels or [-1] * len(prompts)
+    return [
+        Request(prompt=prompt, label=label)
+        for prompt, label in zip(prompts, labels, strict=True)
+        for _ in range(count)
+    ]
+
+
+def clip_size(config: GenerateConfig, contract: Contract) -> tuple[int, int, int]:
+    """(T, H, W): as asked for, else as in training."""
+    frames, height, width = contract.clip
+    if config.resolution is not None:
+        if len(config.resolution) != 2:
+            raise UserError(f"resolution: must be [height, width], not {config.resolution}")
+        height, width = config.resolution
+    return config.frames or frames, height, width
+
+
+def write(
+    out: Path, requests: list[Request], clips: list[np.ndarray], config: GenerateConfig, contract: Contract
+) -> None:
+    """mp4 files, contact_sheet.png and index.html."""
+    out.mkdir(parents=True, exist_ok=True)
+    fps = config.fps or contract.fps or DEFAULT_FPS
+    captions = [request.prompt or f"label {request.label}" for request in requests]
+    made = []
+    for i, (clip, caption) in enumerate(zip(clips, captions, strict=True)):
+        name = f"generation_{i:04d}.mp4"
+        write_mp4(out / name, clip, fps)
+        made.append(PageClip(file=name, caption=caption))
+    contact_sheet(clips, captions).save(out / "contact_sheet.png")
+    real = _real_clips(out, Path(config.shards), contract, fps) if config.shards else []
+    curve = None
+    if config.run:
+        curve = "loss.png"
+        loss_plot(Path(config.run) / "metrics.jsonl", out / curve)
+    write_page(
+        out,
+        title=f"Generations of {contract.run}",
+        subtitle=f"step {contract.step}, {contract.weights} weights, {config.sampling.sampler.name} with "
+        f"{config.sampling.steps} steps, guidance {config.sampling.guidance:g}",
+        generated=made,
+        real=real,
+        contact_sheet="contact_sheet.png",
+        loss_curve=curve,
+    )
+
+
+def _real_clips(out: Path, shards: Path, contract: Contract, fps: float) -> list[PageClip]:
+    """A few held-out clips at the model's size."""
+    index = Index.load(shards, "validation")
+    reader = ClipReader(index, fps=contract.fps or None, cache_bytes=0)
+    frames, height, width = contract.clip
+    made = []
+    for i in range(min(REAL_CLIPS, len(index))):
+        clip = reader.read(i, (frames, height, width))
+        name = f"real_{i:04d}.mp4"
+        write_mp4(out / name, clip.frames, fps)
+        made.append(PageClip(file=name, caption=clip.captions[0] if clip.captions else ""))
+    return made

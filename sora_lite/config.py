@@ -1,0 +1,560 @@
+"""The whole configuration schema.
+
+Each dataclass below is one node of the tree; each field's type, default and doc string stand together. YAML files under
+`conf/` only hold named choices of these fields. `sora_lite.cli.compose` turns both into one of the root classes
+(`TrainConfig`, `TrainVAEConfig`, ...); below the command line nobody sees anything but these dataclasses.
+
+Rules that join several fields are checked by `check`, at compose time, before anything is built.
+"""
+
+import ast
+import inspect
+import math
+import textwrap
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import cache
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+from sora_lite.errors import UserError
+
+# ---------------------------------------------------------------------------------------------------- choices
+
+
+class Schedule(Enum):
+    """How the learning rate goes after the warm-up."""
+
+    constant = "constant"
+    cosine = "cosine"
+
+
+class Precision(Enum):
+    """Arithmetic of the trained model's forward and backward pass; master weights are always fp32."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class TimestepSampling(Enum):
+    """Density from which training draws the time t in [0, 1]."""
+
+    logit_normal = "logit_normal"
+    uniform = "uniform"
+
+
+class Sampler(Enum):
+    """ODE solver that turns noise into a generation."""
+
+    euler = "euler"
+    heun = "heun"
+
+
+class WandbMode(Enum):
+    """Where the Weights & Biases view of a run goes. `auto` is online if a key is configured, else offline."""
+
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+class Format(Enum):
+    """How a verb prints its table: for people or for machines."""
+
+    table = "table"
+    json = "json"
+
+
+# ---------------------------------------------------------------------------------------------------- shared nodes
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """What a run is called, how long it goes on, and when its side jobs happen. Steps are optimizer steps."""
+
+    name: str = MISSING
+    """Name of the run; its folder is `root`/`name`, so the same command always finds its own run again."""
+    root: str = "runs"
+    """Folder that holds all runs."""
+    seed: int = 0
+    """Seed of initial weights, data order and every draw in training."""
+    steps: int = 10_000
+    """Length of the whole run."""
+    log_every: int = 10
+    """A line of metrics every so many steps."""
+    save_every: int = 500
+    """A checkpoint every so many steps, and one at the end."""
+    keep_last: int = 2
+    """How many of the newest checkpoints to keep."""
+    validate_every: int = 500
+    """Validation loss (EMA weights, fixed times and noise) every so many steps; 0 turns it off."""
+    validation_samples: int = 64
+    """How many held-out samples validation looks at."""
+    sample_every: int = 0
+    """Sample clips (or reconstructions) as a contact sheet every so many steps; 0 turns it off."""
+
+
+@dataclass(kw_only=True, slots=True)
+class BucketRule:
+    """One row of the bucket table: clips of one size that are batched together."""
+
+    resolution: list[int] = MISSING
+    """[height, width] in pixels."""
+    frames: int = MISSING
+    """Frames per clip at `data.fps`: 4k+1 for a VAE that compresses time by 4; 1 is a still image."""
+    keep: float = 1.0
+    """Fraction (chosen by key) of the fitting samples that go here; the others try the next row."""
+    batch: int | None = None
+    """Samples in a global micro-step; by default from `data.batch_tokens`."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Which shards are read and how samples become batches."""
+
+    shards: str = MISSING
+    """Folder of shards with a manifest.json, as `sora-data run` writes it."""
+    fps: float | None = None
+    """Frames per second that the model sees; null keeps each clip's own rate."""
+    buckets: list[BucketRule] = MISSING
+    """Bucket table. A sample goes to the first row that it is long enough for, nearest in aspect ratio."""
+    batch_tokens: int = 32_768
+    """Tokens in a global micro-step (over all ranks), for rows that do not name a batch."""
+    divisor: int = 8
+    """Batches are multiples of this, so that any rank count dividing it can run or resume the run."""
+    block_shards: int = 8
+    """Samples are shuffled fully within blocks of so many (shuffled) shards."""
+    flip: bool = False
+    """Mirror half of the clips left to right. Off where direction or writing carries meaning."""
+    workers: int = 2
+    """Decoding processes per rank; 0 decodes in the training process."""
+    cache_mb: int = 0
+    """Memory per worker for decoded clips, in MiB. Worth it where the data set is small and seen many times."""
+    max_bad_fraction: float = 0.01
+    """Stop when more than this fraction of the samples read so far was damaged and had to be replaced."""
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW, its learning-rate schedule, clipping and the average of the weights."""
+
+    lr: float = 1e-4
+    """Peak learning rate."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """Decay of AdamW's first and second moments."""
+    eps: float = 1e-8
+    """AdamW's epsilon; 1e-15 is usual with QK-norm under bf16."""
+    weight_decay: float = 0.0
+    """Decoupled decay of weight matrices; norms, biases and embeddings are never decayed."""
+    clip: float = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 turns it off."""
+    warmup_steps: int = 0
+    """Steps of linear rise from 0."""
+    schedule: Schedule = Schedule.constant
+    """What follows the warm-up, until `run.steps`."""
+    final_lr: float = 0.0
+    """Fraction of `lr` that a cosine schedule ends on."""
+    ema_decay: float = 0.9999
+    """Largest decay of the averaged weights; at step n it is min(ema_decay, (1+n)/(10+n)). 0 turns it off."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ParallelConfig:
+    """How one step is laid out over processes. One process per GPU (or per CPU rank)."""
+
+    zero_stage: int = 2
+    """DeepSpeed ZeRO: 0 replicates all, 1 shards optimizer state, 2 also gradients, 3 also parameters."""
+    accumulation: int = 1
+    """Forward and backward passes per micro-step and rank; does not change what a step holds, only memory."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass instead of storing its activations."""
+    precision: Precision = Precision.fp32
+    """bf16 needs ZeRO 1 to 3."""
+    threads: int | None = None
+    """CPU threads per rank for torch; null leaves torch's own choice."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LoggingConfig:
+    """The views of a run. Its record is always `metrics.jsonl` in the run folder."""
+
+    wandb: WandbMode = WandbMode.auto
+    """Weights & Biases, written by rank 0."""
+    project: str = "sora_lite"
+    """W&B project."""
+    peak_tflops: float | None = None
+    """Peak of one device for MFU, in 1e12 FLOP/s; by default from a table of GPUs, else measured at start."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SlurmConfig:
+    """What `sora-lite submit` asks Slurm for. Null leaves the site's default."""
+
+    partition: str | None = None
+    """Partition of the cluster."""
+    account: str | None = None
+    """Account to charge."""
+    qos: str | None = None
+    """Quality of service."""
+    nodes: int = 1
+    """Number of nodes."""
+    tasks_per_node: int = 1
+    """Processes per node: one per GPU."""
+    gpus_per_node: int = 0
+    """GPUs per node; 0 for CPU nodes."""
+    cpus_per_task: int = 1
+    """Cores per process; count the decoding workers in."""
+    memory: str | None = None
+    """Memory per node, such as 200G."""
+    time: str = "24:00:00"
+    """Time limit, as Slurm writes it."""
+    constraint: str | None = None
+    """Node features, such as h100."""
+    python: str | None = None
+    """Python interpreter on the nodes; null uses the one that submits (a shared file system)."""
+
+
+# ---------------------------------------------------------------------------------------------------- models
+
+
+@dataclass(kw_only=True, slots=True)
+class VAEConfig:
+    """Architecture of the causal spatiotemporal VAE. Part of every VAE checkpoint."""
+
+    latent_channels: int = 16
+    """Channels of the latent."""
+    patch: int = 1
+    """Pixels of a side that are folded into channels before the first convolution (space to depth)."""
+    widths: list[int] = field(default_factory=lambda: [96, 192, 384, 384])
+    """Channels of each level, from fine to coarse."""
+    strides: list[list[int]] = field(default_factory=lambda: [[1, 2], [2, 2], [2, 2]])
+    """[time, space] factors (1 or 2) between one level and the next; with two 2s in time, T = 4k+1."""
+    encoder_blocks: list[int] = field(default_factory=lambda: [2, 2, 2, 2])
+    """Residual blocks of each level in the encoder, fine to coarse."""
+    decoder_blocks: list[int] = field(default_factory=lambda: [3, 3, 3, 3])
+    """Residual blocks of each level in the decoder, fine to coarse."""
+
+
+@dataclass(kw_only=True, slots=True)
+class VAELossConfig:
+    """Weights of the VAE's loss terms."""
+
+    l1: float = 1.0
+    """Mean absolute error of the pixels in [-1, 1]."""
+    mse: float = 0.0
+    """Mean squared error of the pixels in [-1, 1]."""
+    kl: float = 1e-6
+    """Kullback-Leibler divergence from the standard normal, mean over the latent's elements."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TextConfig:
+    """Byte-level text encoder that is trained along with the DiT."""
+
+    width: int = 128
+    """Width of the encoder."""
+    depth: int = 2
+    """Transformer blocks."""
+    heads: int = 4
+    """Attention heads."""
+    max_bytes: int = 128
+    """Longest prompt in UTF-8 bytes; longer ones are cut."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DiTConfig:
+    """Architecture of the video Diffusion Transformer. Part of every DiT checkpoint."""
+
+    width: int = 384
+    """Token width D."""
+    depth: int = 12
+    """Number of blocks."""
+    heads: int = 6
+    """Attention heads; width / heads must be even and at least 6."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the MLP, in token widths."""
+    patch: list[int] = field(default_factory=lambda: [1, 2, 2])
+    """Latent cells (frames, height, width) in one token."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
+    num_classes: int = 0
+    """Number of class labels; 0 for a model without labels."""
+    text: TextConfig | None = field(default_factory=TextConfig)
+    """Text encoder; null for a model without text."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DiffusionConfig:
+    """Rectified flow: how training draws times and drops conditions."""
+
+    timesteps: TimestepSampling = TimestepSampling.logit_normal
+    """Density of the training times."""
+    shift: float = 1.0
+    """Time shift alpha of t' = alpha t / (1 + (alpha-1) t); above 1 favours noise (many tokens)."""
+    condition_dropout: float = 0.1
+    """Probability that all conditions are dropped together, for classifier-free guidance."""
+
+
+# ---------------------------------------------------------------------------------------------------- roots
+
+
+@dataclass(kw_only=True, slots=True)
+class BaseTrainConfig:
+    """What training a VAE and training a DiT have in common."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainVAEConfig(BaseTrainConfig):
+    """`sora-lite train-vae`: train the causal VAE."""
+
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    loss: VAELossConfig = field(default_factory=VAELossConfig)
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig(BaseTrainConfig):
+    """`sora-lite train`: train the video DiT."""
+
+    vae_from: str = MISSING
+    """The trained VAE: a run folder of train-vae, or an export made from one."""
+    model: DiTConfig = field(default_factory=DiTConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+
+
+@dataclass(kw_only=True, slots=True)
+class SamplingConfig:
+    """How clips are drawn from a model."""
+
+    sampler: Sampler = Sampler.euler
+    """ODE solver."""
+    steps: int = 25
+    """Solver steps; Heun calls the model twice in each."""
+    guidance: float = 3.0
+    """Classifier-free guidance scale; 1 is no guidance."""
+    shift: float = 1.0
+    """Time shift of the solver's grid, as in training."""
+    seed: int = 0
+    """Seed of the initial noise; generation i uses its own draw, whatever the batch."""
+    batch: int = 50
+    """Generations made at a time."""
+
+
+@dataclass(kw_only=True, slots=True)
+class GenerateConfig:
+    """`sora-lite generate`: make clips from an exported model."""
+
+    model: str = MISSING
+    """Folder of an exported model (`sora-lite export`)."""
+    out: str = "generations"
+    """Folder for clips, contact sheet and page."""
+    prompts: list[str] = field(default_factory=list)
+    """Texts; for a model without text leave it empty and give labels."""
+    labels: list[int] = field(default_factory=list)
+    """Class labels, one per prompt, or alone; empty for none."""
+    count: int = 1
+    """Generations per prompt."""
+    frames: int | None = None
+    """Frames per clip; by default as in training (the first bucket)."""
+    resolution: list[int] | None = None
+    """[height, width]; by default as in training (the first bucket)."""
+    fps: float | None = None
+    """Frames per second of the files; by default as in training."""
+    shards: str | None = None
+    """Shards whose held-out clips the page shows beside the generations."""
+    run: str | None = None
+    """Run folder whose loss curve the page shows."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    threads: int | None = None
+    """CPU threads for torch."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ExportConfig:
+    """`sora-lite export`: write a run's newest checkpoint as safetensors for inference."""
+
+    run: str = MISSING
+    """Run folder of train or train-vae."""
+    out: str | None = None
+    """Folder to write; by default RUN/export."""
+    weights: str = "ema"
+    """`ema` (the averaged weights) or `raw`."""
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluateConfig:
+    """`sora-lite evaluate`: measure a model of a labelled data set with classifiers trained on real clips."""
+
+    model: str = MISSING
+    """Folder of an exported model."""
+    shards: str = MISSING
+    """Shards whose clips carry the attributes below; train clips train the judge, held-out clips test it."""
+    out: str = MISSING
+    """JSON file to write."""
+    attributes: list[str] = field(default_factory=lambda: ["digit", "direction"])
+    """Categorical columns of the data set that are asked for in prompts and recognised in generations."""
+    count: int = 200
+    """Generations, spread alike over all combinations of the attributes."""
+    clips: int = 400
+    """Held-out clips for the VAE's reconstruction figures."""
+    judge_steps: int = 600
+    """Training steps of each classifier."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    threads: int | None = None
+    """CPU threads for torch."""
+
+
+@dataclass(kw_only=True, slots=True)
+class InspectConfig:
+    """`sora-lite inspect`: parameters and FLOPs of a model on the meta device, without building it."""
+
+    model: DiTConfig = field(default_factory=DiTConfig)
+    latent: list[int] = field(default_factory=lambda: [16, 5, 32, 32])
+    """Latent shape (channels, frames, height, width) for which FLOPs are counted."""
+    format: Format = Format.table
+    """`table` or `json`."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DemoConfig:
+    """`sora-lite demo`: the whole way on moving handwritten digits, from rendering to evaluation."""
+
+    experiment: str = "demo"
+    """`demo` (minutes) or `moving_digits` (up to an hour)."""
+    root: str = "runs"
+    """Folder for everything that it makes."""
+    clips: int = 5000
+    """Clips to render."""
+    ranks: int = 2
+    """Processes that train."""
+    threads: int | None = None
+    """CPU threads for everything that is not trained on several ranks."""
+
+
+ROOTS: dict[str, type] = {
+    "train": TrainConfig,
+    "train_vae": TrainVAEConfig,
+    "generate": GenerateConfig,
+    "export": ExportConfig,
+    "evaluate": EvaluateConfig,
+    "inspect": InspectConfig,
+    "demo": DemoConfig,
+}
+
+
+def register() -> None:
+    """Register every root schema with Hydra as `NAME_schema`; `conf/NAME.yaml` builds on it."""
+    store = ConfigStore.instance()
+    for name, root in ROOTS.items():
+        store.store(name=f"{name}_schema", node=root)
+
+
+@cache
+def field_docs(node: type) -> dict[str, str]:
+    """The doc string under each field of a dataclass of this file, by field name (its own fields, then its bases')."""
+    docs: dict[str, str] = {}
+    for cls in node.__mro__[:-1]:
+        (body,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+        assert isinstance(body, ast.ClassDef)
+        for statement, following in zip(body.body, body.body[1:], strict=False):
+            if (
+                isinstance(statement, ast.AnnAssign)
+                and isinstance(statement.target, ast.Name)
+                and isinstance(following, ast.Expr)
+                and isinstance(following.value, ast.Constant)
+            ):
+                docs.setdefault(statement.target.id, inspect.cleandoc(str(following.value.value)))
+    return docs
+
+
+# ---------------------------------------------------------------------------------------------------- rules
+
+
+def check(config: object) -> None:
+    """Check the rules that join several fields.
+
+    Raises:
+        UserError: naming the key, what is wrong and what would be right.
+    """
+    if isinstance(config, BaseTrainConfig):
+        _check_run(config)
+    if isinstance(config, TrainConfig | InspectConfig):
+        _check_dit(config.model)
+    if isinstance(config, TrainVAEConfig):
+        _check_vae(config.vae, config.data.buckets)
+
+
+def _require(holds: bool, key: str, message: str) -> None:
+    if not holds:
+        raise UserError(f"{key}: {message}")
+
+
+def _check_run(config: BaseTrainConfig) -> None:
+    run, data, optim, parallel = config.run, config.data, config.optim, config.parallel
+    _require(bool(run.name) and "/" not in run.name, "run.name", f"{run.name!r} is no folder name; leave out slashes")
+    for key in ("steps", "log_every", "save_every", "keep_last"):
+        _require(getattr(run, key) >= 1, f"run.{key}", "must be at least 1")
+    _require(len(data.buckets) > 0, "data.buckets", "is empty; give at least one row {resolution: [H, W], frames: T}")
+    for i, rule in enumerate(data.buckets):
+        key = f"data.buckets[{i}]"
+        _require(len(rule.resolution) == 2, f"{key}.resolution", f"must be [height, width], not {rule.resolution}")
+        _require(0 < rule.keep <= 1, f"{key}.keep", f"is a fraction in (0, 1], not {rule.keep}")
+        if rule.batch is not None:
+            _require(
+                rule.batch >= 1 and rule.batch % data.divisor == 0,
+                f"{key}.batch",
+                f"{rule.batch} is not a multiple of data.divisor={data.divisor}; change one of them",
+            )
+    _require(len(optim.betas) == 2, "optim.betas", f"needs two numbers, not {optim.betas}")
+    _require(0 <= optim.ema_decay < 1, "optim.ema_decay", f"must lie in [0, 1), not {optim.ema_decay}")
+    _require(optim.warmup_steps < run.steps, "optim.warmup_steps", f"must be below run.steps={run.steps}")
+    _require(parallel.zero_stage in (0, 1, 2, 3), "parallel.zero_stage", f"is 0, 1, 2 or 3, not {parallel.zero_stage}")
+    _require(
+        parallel.precision is Precision.fp32 or parallel.zero_stage > 0,
+        "parallel.zero_stage",
+        "0 has no fp32 master weights under bf16; take parallel.zero_stage=1",
+    )
+
+
+def _check_dit(model: DiTConfig) -> None:
+    _require(model.width % model.heads == 0, "model.heads", f"{model.heads} does not divide model.width={model.width}")
+    head = model.width // model.heads
+    _require(head % 2 == 0 and head >= 6, "model.heads", f"head width {head} must be even and at least 6 for 3-D RoPE")
+    _require(len(model.patch) == 3, "model.patch", f"must be [frames, height, width], not {model.patch}")
+    _require(
+        model.num_classes > 0 or model.text is not None,
+        "model.num_classes",
+        "the model has neither labels nor text; set model.num_classes or a model.text",
+    )
+
+
+def _check_vae(vae: VAEConfig, buckets: list[BucketRule]) -> None:
+    _require(
+        len(vae.strides) == len(vae.widths) - 1 and all(len(s) == 2 and set(s) <= {1, 2} for s in vae.strides),
+        "vae.strides",
+        f"must be {len(vae.widths) - 1} pairs [time, space] of 1 or 2, one between each two of vae.widths",
+    )
+    for key in ("encoder_blocks", "decoder_blocks"):
+        _require(len(getattr(vae, key)) == len(vae.widths), f"vae.{key}", "needs one number for each of vae.widths")
+    time = math.prod(stride[0] for stride in vae.strides)
+    space = vae.patch * math.prod(stride[1] for stride in vae.strides)
+    for i, rule in enumerate(buckets):
+        _require(
+            rule.frames % time == 1 % time,
+            f"data.buckets[{i}].frames",
+            f"{rule.frames} is not of the form {time}k+1 that the VAE compresses; take "
+            f"{(rule.frames - 1) // time * time + 1}",
+        )
+        _require(
+            all(side % space == 0 for side in rule.resolution),
+            f"data.buckets[{i}].resolution",
+            f"{rule.resolution} must be multiples of {space}, the VAE's spatial factor",
+        )

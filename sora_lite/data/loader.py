@@ -1,0 +1,243 @@
+"""Batches of clips in the exact order, decoded by worker processes.
+
+A worker is given (step, pass) pairs and returns whole micro-batches, so what a batch holds depends on neither the number
+of workers nor which one made it.
+
+Shapes: B samples of a rank's micro-batch, T frames, H W pixels.
+"""
+
+import json
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from sora_lite.data.buckets import Row, assign
+from sora_lite.data.index import Index
+from sora_lite.data.order import MicroStep, Order, hash_seed, rank_positions
+from sora_lite.data.shards import DamagedSample, ShardReader
+from sora_lite.data.transforms import mirror, resize_crop
+from sora_lite.data.video import BadVideo, decode_clip
+from sora_lite.errors import UserError
+
+MAX_REPLACEMENTS = 16
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class BadSample:
+    """A sample that could not be read, and why. It was replaced."""
+
+    key: str
+    shard: str
+    reason: str
+
+
+@dataclass(kw_only=True, slots=True)
+class ClipBatch:
+    """One rank's micro-batch.
+
+    video: uint8 B 3 T H W in [0, 255]. keys: of the samples. captions: one per sample, "" for none. labels: int64 B,
+    -1 for none. positions: int64 B, places in the global step's batch. step: the global step. bad: samples replaced.
+    """
+
+    video: Tensor
+    keys: list[str]
+    captions: list[str]
+    labels: Tensor
+    positions: Tensor
+    step: int
+    bad: list[BadSample] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        b = len(self.keys)
+        if self.video.dtype != torch.uint8 or self.video.ndim != 5 or self.video.shape[:2] != (b, 3):
+            raise ValueError(f"video is {self.video.dtype} {tuple(self.video.shape)}, not uint8 {b} 3 T H W")
+        if not len(self.captions) == len(self.labels) == len(self.positions) == b:
+            raise ValueError("captions, labels and positions differ in number from the keys")
+
+    def pin_memory(self) -> "ClipBatch":
+        """Called by torch's DataLoader."""
+        return replace(self, video=self.video.pin_memory())
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Clip:
+    """A decoded sample: uint8 T H W 3, and what its JSON says of it."""
+
+    frames: np.ndarray
+    captions: list[str]
+    label: int
+
+
+class ClipReader:
+    """Reads samples of an index at a bucket's size, with a bounded memory of decoded clips."""
+
+    def __init__(self, index: Index, *, fps: float | None, cache_bytes: int) -> None:
+        self.index = index
+        self.fps = fps
+        self._cache_bytes = cache_bytes
+        self._cached = 0
+        self._cache: OrderedDict[tuple[int, tuple[int, int, int]], Clip] = OrderedDict()
+        self._shards: dict[int, ShardReader] = {}
+
+    def read(self, sample: int, shape: tuple[int, int, int]) -> Clip:
+        """Decode sample number `sample` at (T, H, W).
+
+        Raises:
+            DamagedSample, BadVideo: its bytes are not what the index says, or do not decode.
+        """
+        key = (sample, shape)
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        meta = self.meta(sample)
+        index = self.index
+        media = self._shard(sample).read(
+            int(index.media_offset[sample]), int(index.media_size[sample]), int(index.crc32c[sample])
+        )
+        frames = resize_crop(decode_clip(media, frames=shape[0], fps=self.fps), shape[1:])
+        clip = Clip(frames=frames, captions=list(meta.get("captions") or []), label=int(meta.get("label", -1)))
+        if frames.nbytes <= self._cache_bytes:
+            self._cache[key] = clip
+            self._cached += frames.nbytes
+            while self._cached > self._cache_bytes:
+                _, oldest = self._cache.popitem(last=False)
+                self._cached -= oldest.frames.nbytes
+        return clip
+
+    def meta(self, sample: int) -> dict:
+        """The sample's JSON."""
+        index = self.index
+        data = self._shard(sample).read(
+            int(index.json_offset[sample]), int(index.json_size[sample]), int(index.json_crc32c[sample])
+        )
+        return json.loads(data)
+
+    def _shard(self, sample: int) -> ShardReader:
+        number = int(self.index.shard[sample])
+        if number not in self._shards:
+            self._shards[number] = ShardReader(self.index.shard_paths[number])
+        return self._shards[number]
+
+
+class _MicroBatches(Dataset[ClipBatch]):
+    """Item (step, pass) is this rank's micro-batch."""
+
+    def __init__(self, reader: ClipReader, order: Order, seed: int, flip: bool, parts: tuple[int, int, int]) -> None:
+        self.reader, self.order, self.seed, self.flip = reader, order, seed, flip
+        self.rank, self.world_size, self.accumulation = parts
+
+    def __getitem__(self, item: tuple[int, int]) -> ClipBatch:
+        step, one_pass = item
+        (micro,) = self.order.step(step)
+        positions = rank_positions(
+            len(micro.samples), rank=self.rank, world_size=self.world_size, accumulation=self.accumulation
+        )[one_pass]
+        bad: list[BadSample] = []
+        clips, keys, captions, labels = [], [], [], []
+        for position in positions:
+            sample, clip = self._read(micro, step, int(position), bad)
+            frames = clip.frames
+            if self.flip and hash_seed(self.seed, step, position, "flip") % 2:
+                frames = mirror(frames)
+            clips.append(frames)
+            keys.append(str(self.reader.index.keys[sample]))
+            choices = clip.captions or [""]
+            captions.append(choices[hash_seed(self.seed, step, position, "caption") % len(choices)])
+            labels.append(clip.label)
+        return ClipBatch(
+            video=torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3),
+            keys=keys,
+            captions=captions,
+            labels=torch.tensor(labels),
+            positions=torch.from_numpy(positions),
+            step=step,
+            bad=bad,
+        )
+
+    def _read(self, micro: MicroStep, step: int, position: int, bad: list[BadSample]) -> tuple[int, Clip]:
+        """The sample at a position, or its stand-in where it is damaged."""
+        sample = int(micro.samples[position])
+        for attempt in range(MAX_REPLACEMENTS):
+            try:
+                return sample, self.reader.read(sample, micro.shape)
+            except (DamagedSample, BadVideo) as error:
+                index = self.reader.index
+                shard = index.shard_paths[int(index.shard[sample])].name
+                bad.append(BadSample(key=str(index.keys[sample]), shard=shard, reason=str(error)))
+                sample = self.order.replacement(micro.bucket, step, position, attempt)
+        raise UserError(
+            f"{bad[-1].shard}: {MAX_REPLACEMENTS} samples in a row are damaged (the last: {bad[-1].reason}); "
+            "run `sora-data verify` on the shards"
+        )
+
+
+class ClipLoader:
+    """This rank's view of a data set.
+
+    Args:
+        index: of one split.
+        rows: bucket table with batches decided (`buckets.rows_from`).
+        fps: target rate, None for each clip's own.
+        seed, block_shards, flip: as configured.
+        rank, world_size, accumulation: how each batch is divided.
+        workers: decoding processes. cache_bytes: memory of decoded clips in each.
+        pin: pinned memory, for a device that copies from it.
+
+    Raises:
+        UserError: a batch cannot be divided so, or the rows do not fit the data.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        rows: list[Row],
+        *,
+        fps: float | None,
+        seed: int,
+        block_shards: int,
+        flip: bool,
+        rank: int,
+        world_size: int,
+        accumulation: int,
+        workers: int,
+        cache_bytes: int,
+        pin: bool,
+    ) -> None:
+        buckets = assign(
+            rows,
+            keys=index.keys,
+            frames=index.frames,
+            height=index.height,
+            width=index.width,
+            own_fps=index.fps,
+            fps=fps,
+        )
+        for bucket in buckets:
+            rank_positions(bucket.batch, rank=rank, world_size=world_size, accumulation=accumulation)
+        self.index = index
+        self.order = Order(buckets, index.shard, seed=seed, block_shards=block_shards)
+        self.accumulation = accumulation
+        self._workers, self._pin = workers, pin
+        reader = ClipReader(index, fps=fps, cache_bytes=cache_bytes)
+        self._dataset = _MicroBatches(reader, self.order, seed, flip, (rank, world_size, accumulation))
+
+    def steps(self, start: int, stop: int) -> Iterator[list[ClipBatch]]:
+        """Batches of the steps start, ..., stop - 1; each is a list with one micro-batch per accumulation pass."""
+        pairs = ((step, one) for step in range(start, stop) for one in range(self.accumulation))
+        batches = iter(
+            DataLoader(
+                self._dataset,
+                batch_size=None,
+                sampler=pairs,  # type: ignore[arg-type]
+                num_workers=self._workers,
+                prefetch_factor=4 if self._workers else None,
+                pin_memory=self._pin,
+            )
+        )
+        for _ in range(start, stop):
+            yield [next(batches) for _ in range(self.accumulation)]

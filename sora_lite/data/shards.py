@@ -1,0 +1,322 @@
+"""The shard format: writer and reader side by side.
+
+A data set is a folder:
+
+    manifest.json                      what the folder holds; a shard belongs to it once its entry stands here
+    train-000000.tar                   plain tar: KEY.mp4 KEY.json KEY.mp4 KEY.json ... (stock webdataset reads it)
+    train-000000.idx.parquet           one row per sample: where its members lie, their checksums, its size and rate
+
+Everything is written to a temporary name, flushed to the disk and renamed; the same samples give the same bytes.
+"""
+
+import hashlib
+import json
+import os
+import re
+import tarfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import google_crc32c
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sora_lite.errors import UserError
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+MEDIA = ("mp4", "png", "jpg", "webp")
+"""Extensions that a sample's media member may have."""
+
+INDEX_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("ext", pa.string()),
+        ("media_offset", pa.int64()),
+        ("media_size", pa.int64()),
+        ("crc32c", pa.uint32()),
+        ("json_offset", pa.int64()),
+        ("json_size", pa.int64()),
+        ("json_crc32c", pa.uint32()),
+        ("frames", pa.int32()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("fps", pa.float64()),
+        ("source", pa.string()),
+    ]
+)
+"""Columns of an index file. Offsets and sizes are bytes of the tar; crc32c is of the media member; source is the
+first 16 hex digits of the source's SHA-256."""
+
+_KEY = re.compile(r"[A-Za-z0-9_-]{1,90}")
+_BLOCK = tarfile.BLOCKSIZE
+
+
+class DamagedSample(Exception):
+    """A member of a shard is not what the index says: the sample can be replaced. The message is the reason."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Sample:
+    """One clip or still image, as it lies in a shard."""
+
+    key: str
+    ext: str
+    """mp4, png, jpg or webp."""
+    media: bytes
+    meta: dict[str, Any]
+    """Content of KEY.json; holds at least frames, height, width, fps and source.sha256."""
+
+    def __post_init__(self) -> None:
+        check_key(self.key)
+        if self.ext not in MEDIA:
+            raise ValueError(f"{self.key}: ext {self.ext!r} is none of {', '.join(MEDIA)}")
+        if missing := {"frames", "height", "width", "fps", "source"} - self.meta.keys():
+            raise ValueError(f"{self.key}: meta lacks {', '.join(sorted(missing))}")
+
+
+@dataclass(kw_only=True, slots=True)
+class ShardEntry:
+    """What the manifest says of one shard. File names are relative to the folder."""
+
+    path: str
+    bytes: int
+    sha256: str
+    samples: int
+    split: str
+    index: str
+    index_sha256: str
+
+
+@dataclass(kw_only=True, slots=True)
+class Manifest:
+    """The table of contents of a data set; writing an entry into it is what commits a shard."""
+
+    config_hash: str
+    """Hash of the settings that made the clips."""
+    plan_hash: str = ""
+    """Hash of the list of clips that the data set is to hold; a run that was interrupted goes on only with the same."""
+    complete: bool = False
+    """Whether all of them are in it."""
+    shards: list[ShardEntry] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+    """What became of sources and clips."""
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def splits(self) -> dict[str, int]:
+        """Samples in each split."""
+        sizes: dict[str, int] = {}
+        for entry in self.shards:
+            sizes[entry.split] = sizes.get(entry.split, 0) + entry.samples
+        return sizes
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read FOLDER/manifest.json. Raises UserError if there is none, or if it is none of ours."""
+        path = folder / MANIFEST
+        try:
+            content = json.loads(path.read_bytes())
+            version = content["schema_version"]
+            if version != SCHEMA_VERSION:
+                raise UserError(f"{path}: written in format {version}, read here is {SCHEMA_VERSION}; pack it again.")
+            del content["splits"]  # for people who read the file; follows from the entries
+            entries = [ShardEntry(**entry) for entry in content.pop("shards")]
+            manifest = cls(shards=entries, **content)
+        except FileNotFoundError:
+            raise UserError(f"{path}: not found; name a folder that `sora-data run VIDEOS SHARDS` has made.") from None
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path}: not a manifest of shards ({error}); name another folder or pack again.") from None
+        for name in [name for entry in entries for name in (entry.path, entry.index)]:
+            if Path(name).name != name:
+                raise UserError(f"{path}: names {name!r} outside of its folder; pack again.")
+        return manifest
+
+    def save(self, folder: Path) -> None:
+        """Replace FOLDER/manifest.json atomically; when this returns it is on the disk."""
+        content = {"schema_version": self.schema_version, "splits": self.splits} | asdict(self)
+        replace_file(folder / MANIFEST, json.dumps(content, indent=1).encode() + b"\n")
+
+
+# ------------------------------------------------------------------------------------------------------- writing
+
+
+class ShardWriter:
+    """Writes one shard and its index; both appear under their names on `close`, and neither if an error comes first.
+
+    with ShardWriter(folder / "train-000000.tar", split="train") as writer:
+        writer.add(sample)
+    manifest.shards.append(writer.entry)
+    """
+
+    def __init__(self, path: Path, split: str) -> None:
+        if path.suffix != ".tar":
+            raise ValueError(f"{path}: a shard's name ends in .tar")
+        self.path, self.split = path, split
+        self.index_path = path.with_suffix(".idx.parquet")
+        self.bytes = 0
+        """Bytes written so far."""
+        self.entry: ShardEntry
+        """What the manifest must hold; known after `close`."""
+        self._rows: list[dict[str, Any]] = []
+        self._keys: set[str] = set()
+        self._sha256 = hashlib.sha256()
+        self._partial = path.with_name(path.name + ".partial")
+        self._file = self._partial.open("wb")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.discard()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(self, sample: Sample) -> None:
+        """Append a sample. Raises ValueError if its key is in the shard already."""
+        if sample.key in self._keys:
+            raise ValueError(f"{self.path.name}: key {sample.key} comes twice")
+        meta = to_json(sample.meta)
+        self._rows.append(
+            {
+                "key": sample.key,
+                "ext": sample.ext,
+                "media_offset": self._member(f"{sample.key}.{sample.ext}", sample.media),
+                "media_size": len(sample.media),
+                "crc32c": google_crc32c.value(sample.media),
+                "json_offset": self._member(f"{sample.key}.json", meta),
+                "json_size": len(meta),
+                "json_crc32c": google_crc32c.value(meta),
+                "frames": sample.meta["frames"],
+                "height": sample.meta["height"],
+                "width": sample.meta["width"],
+                "fps": float(sample.meta["fps"]),
+                "source": sample.meta["source"]["sha256"][:16],
+            }
+        )
+        self._keys.add(sample.key)
+
+    def close(self) -> ShardEntry:
+        """Finish both files, on the disk and under their names; the shard is committed by the manifest alone."""
+        self._write(bytes(2 * _BLOCK))  # the end of a tar
+        flush(self._file)
+        self._file.close()
+        index = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist(self._rows, schema=INDEX_SCHEMA), index, compression="zstd")
+        content = index.getvalue().to_pybytes()
+        replace_file(self.index_path, content)
+        os.replace(self._partial, self.path)
+        flush_folder(self.path.parent)
+        self.entry = ShardEntry(
+            path=self.path.name,
+            bytes=self.bytes,
+            sha256=self._sha256.hexdigest(),
+            samples=len(self._rows),
+            split=self.split,
+            index=self.index_path.name,
+            index_sha256=hashlib.sha256(content).hexdigest(),
+        )
+        return self.entry
+
+    def discard(self) -> None:
+        """Drop everything written."""
+        self._file.close()
+        self._partial.unlink(missing_ok=True)
+
+    def _member(self, name: str, content: bytes) -> int:
+        """Append a tar member with fixed owner and time -> offset of its content."""
+        header = tarfile.TarInfo(name)
+        header.size = len(content)
+        self._write(header.tobuf(tarfile.USTAR_FORMAT))
+        offset = self.bytes
+        self._write(content)
+        self._write(bytes(-len(content) % _BLOCK))
+        return offset
+
+    def _write(self, content: bytes) -> None:
+        self._file.write(content)
+        self._sha256.update(content)
+        self.bytes += len(content)
+
+
+def to_json(content: Mapping[str, Any]) -> bytes:
+    """The one way in which content becomes JSON in a shard: the same content gives the same bytes."""
+    return json.dumps(content, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+
+
+def check_key(key: str) -> None:
+    """Raise ValueError unless the key is safe as a file's name and has no dot, which would end it for webdataset."""
+    if not _KEY.fullmatch(key):
+        raise ValueError(f"key {key!r} must be 1 to 90 letters, digits, underscores and hyphens")
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file so that under its name there is always either the old or the new content, whole."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        flush(file)
+    os.replace(partial, path)
+    flush_folder(path.parent)
+
+
+def flush(file: Any) -> None:
+    """Bring what was written to a file to the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def flush_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ------------------------------------------------------------------------------------------------------- reading
+
+
+class ShardReader:
+    """Reads members of one shard by offset; threads and forked processes may share it. Close it, or use `with`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            raise UserError(f"{path}: the shard is missing; restore it or pack the videos again.") from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def read(self, offset: int, size: int, crc32c: int) -> bytes:
+        """The member's bytes. Raises DamagedSample unless they have this size and checksum; OSError if I/O fails."""
+        content = os.pread(self._descriptor, size, offset)
+        while 0 < len(content) < size:  # one call reads at most 2 GiB
+            more = os.pread(self._descriptor, size - len(content), offset + len(content))
+            if not more:
+                break
+            content += more
+        if len(content) < size:
+            raise DamagedSample(f"{self.path.name} ends {size - len(content)} bytes early at offset {offset}")
+        if google_crc32c.value(content) != crc32c:
+            raise DamagedSample(f"{self.path.name} has a wrong checksum for {size} bytes at offset {offset}")
+        return content
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)

@@ -1,0 +1,1 @@
+"""Inference: exported models, and clips drawn from them. Needs no DeepSpeed."""

@@ -1,0 +1,130 @@
+"""Exported models: safetensors and the contract that says what they are. Inference reads nothing else.
+
+    EXPORT/
+      export.json          the contract: kind, architecture, step, and what the model expects around it
+      model.safetensors    weights in fp32
+      vae/                 (of a DiT) the export of the VAE that it was trained against
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sora_lite.errors import UserError
+from sora_lite.models.dit import VideoDiT
+from sora_lite.models.vae import CausalVAE
+
+FORMAT = 1
+_WEIGHTS, _CONTRACT, _VAE = "model.safetensors", "export.json", "vae"
+
+
+@dataclass(kw_only=True, slots=True)
+class Contract:
+    """What an exported model is.
+
+    architecture: keyword arguments of `CausalVAE` or `VideoDiT`. clip: (T, H, W) in frames and pixels, and fps
+    (0: each clip's own rate), of the first bucket that it was trained on. vae_fingerprint: of the VAE itself, or of the
+    one that a DiT was trained against. shift: time shift of training (DiT).
+    """
+
+    kind: Literal["vae", "dit"]
+    architecture: dict[str, Any]
+    run: str
+    step: int
+    weights: str
+    clip: list[int]
+    fps: float
+    vae_fingerprint: str
+    shift: float = 1.0
+    sha256: str = ""
+    format: int = FORMAT
+
+
+def write(folder: Path, contract: Contract, weights: Mapping[str, Tensor]) -> None:
+    """Write an export. The contract comes last, so that a folder with a contract is whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _CONTRACT).unlink(missing_ok=True)
+    save_file({name: tensor.float().contiguous() for name, tensor in weights.items()}, folder / _WEIGHTS)
+    contract.sha256 = _sha256(folder / _WEIGHTS)
+    temporary = folder / f"{_CONTRACT}.tmp"
+    temporary.write_text(json.dumps(asdict(contract), indent=2))
+    temporary.replace(folder / _CONTRACT)
+
+
+def read_contract(folder: Path, kind: str) -> tuple[Path, Contract]:
+    """The contract of an export, and its folder: the one given, or the `export` folder of a run.
+
+    Raises:
+        UserError: there is none, or it is of another kind.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give an export or a run folder that holds one")
+    if not (folder / _CONTRACT).is_file():
+        if (folder / "export" / _CONTRACT).is_file():
+            folder = folder / "export"
+        else:
+            raise UserError(f"{folder}: holds no export; make one with `sora-lite export run={folder}`")
+    path = folder / _CONTRACT
+    try:
+        values = json.loads(path.read_text())
+        contract = Contract(**values)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: is no contract of an export ({error}); export the run again") from error
+    if contract.format != FORMAT:
+        raise UserError(f"{path}: has format {contract.format}, this version reads {FORMAT}; export the run again")
+    if contract.kind != kind:
+        raise UserError(f"{folder}: is the export of a {contract.kind}, not of a {kind}; give the right folder")
+    return folder, contract
+
+
+def load_vae(folder: Path) -> tuple[CausalVAE, Contract]:
+    """The VAE of an export or run folder, frozen, in eval mode, on the CPU."""
+    folder, contract = read_contract(folder, "vae")
+    vae = CausalVAE(**contract.architecture)
+    _load(vae, folder, contract)
+    if vae.fingerprint() != contract.vae_fingerprint:
+        raise UserError(f"{folder}: the weights are not those that the contract names; export the run again")
+    return vae, contract
+
+
+def load_dit(folder: Path) -> tuple[VideoDiT, CausalVAE, Contract]:
+    """The DiT of an export or run folder and the VAE that belongs to it, frozen, in eval mode, on the CPU.
+
+    Raises:
+        UserError: something is missing or damaged, or the VAE is not the one that the DiT was trained against.
+    """
+    folder, contract = read_contract(folder, "dit")
+    vae, vae_contract = load_vae(folder / _VAE)
+    if vae_contract.vae_fingerprint != contract.vae_fingerprint:
+        raise UserError(
+            f"{folder / _VAE}: is not the VAE that this DiT was trained against (fingerprint "
+            f"{vae_contract.vae_fingerprint[:12]}, not {contract.vae_fingerprint[:12]}); export the run again"
+        )
+    dit = VideoDiT(**contract.architecture)
+    _load(dit, folder, contract)
+    return dit, vae, contract
+
+
+def _load(module: nn.Module, folder: Path, contract: Contract) -> None:
+    path = folder / _WEIGHTS
+    if not path.is_file():
+        raise UserError(f"{path}: is missing; export the run again")
+    if _sha256(path) != contract.sha256:
+        raise UserError(f"{path}: is damaged (its SHA-256 is not the contract's); export the run again")
+    try:
+        module.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as error:
+        raise UserError(f"{path}: does not fit its contract ({error}); export the run again") from error
+    module.eval().requires_grad_(False)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

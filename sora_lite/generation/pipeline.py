@@ -1,0 +1,138 @@
+"""From noise and conditions to clips.
+
+Shapes: B generations, C latent channels, T H W frames and pixels, t h w latent frames and cells.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sora_lite.config import Sampler, SamplingConfig
+from sora_lite.data.order import hash_seed
+from sora_lite.diffusion.guidance import guided
+from sora_lite.diffusion.sampler import sample_euler, sample_heun
+from sora_lite.diffusion.timesteps import sampling_grid
+from sora_lite.errors import UserError
+from sora_lite.models.dit import VideoDiT
+from sora_lite.models.text import tokenize
+from sora_lite.models.vae import CausalVAE
+
+SAMPLERS = {Sampler.euler: sample_euler, Sampler.heun: sample_heun}
+
+
+def seeded_normal(shape: Sequence[int], seeds: Sequence[int], device: torch.device) -> Tensor:
+    """One standard normal tensor of `shape` per seed: B *shape. Drawn on the CPU, so alike on every device."""
+    draws = [torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(draws).to(device)
+
+
+def to_float(video: Tensor) -> Tensor:
+    """uint8 [0, 255] to float32 [-1, 1]."""
+    return video.float() / 127.5 - 1
+
+
+def to_uint8(video: Tensor) -> Tensor:
+    """float [-1, 1] to uint8 [0, 255], rounded and clamped."""
+    return ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Request:
+    """What to generate: a prompt, a label, or both. label -1 and prompt "" mean none."""
+
+    prompt: str = ""
+    label: int = -1
+
+
+def check_requests(requests: Sequence[Request], *, num_classes: int, has_text: bool) -> None:
+    """Raise UserError for a label or prompt that the model cannot take."""
+    for request in requests:
+        if request.label >= 0 and num_classes == 0:
+            raise UserError(f"labels: {request.label} was asked for, but the model has no labels; give prompts only")
+        if not -1 <= request.label < max(num_classes, 1):
+            raise UserError(f"labels: {request.label} is out of range; the model has labels 0 to {num_classes - 1}")
+        if request.prompt and not has_text:
+            raise UserError(f"prompts: {request.prompt!r} was given, but the model reads no text; give labels only")
+
+
+def conditions(
+    requests: Sequence[Request], *, num_classes: int, max_bytes: int | None, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """(labels B, text B M) as a model with so many classes and so long a text takes them."""
+    labels = text = None
+    if num_classes:
+        labels = torch.tensor([r.label if r.label >= 0 else num_classes for r in requests], device=device)
+    if max_bytes is not None:
+        text = tokenize([r.prompt for r in requests], max_bytes).to(device)
+    return labels, text
+
+
+def sample_latents(
+    model: Callable[..., Tensor],
+    requests: Sequence[Request],
+    *,
+    shape: Sequence[int],
+    num_classes: int,
+    max_bytes: int | None,
+    sampling: SamplingConfig,
+    seeds: Sequence[int],
+    device: torch.device,
+) -> Tensor:
+    """Normalised latents B C t h w for B requests, from one seed each.
+
+    Args:
+        model: `VideoDiT`, or an engine around one.
+        shape: latent shape (C, t, h, w).
+    """
+    labels, text = conditions(requests, num_classes=num_classes, max_bytes=max_bytes, device=device)
+    null_labels = torch.full_like(labels, num_classes) if labels is not None else None
+    null_text = tokenize([""], max_bytes).to(device) if text is not None and max_bytes is not None else None
+    if null_text is not None and text is not None:
+        null_text = torch.nn.functional.pad(null_text, (0, text.shape[1] - 1)).expand(len(text), -1)
+    velocity = guided(model, sampling.guidance, labels, text, null_labels, null_text)
+    noise = seeded_normal(shape, seeds, device)
+    return SAMPLERS[sampling.sampler](velocity, noise, sampling_grid(sampling.steps, sampling.shift))
+
+
+class Pipeline:
+    """A DiT and its VAE, ready to generate.
+
+    Args:
+        dit, vae: in eval mode; moved to the device.
+    """
+
+    def __init__(self, dit: VideoDiT, vae: CausalVAE, device: torch.device) -> None:
+        self.dit, self.vae, self.device = dit.to(device), vae.to(device), device
+
+    @torch.no_grad()
+    def generate(
+        self, requests: Sequence[Request], *, clip: tuple[int, int, int], sampling: SamplingConfig
+    ) -> Iterator[Tensor]:
+        """Yield one uint8 clip T H W 3 per request, batch by batch.
+
+        Generation i has its own noise from (sampling.seed, i), so it does not depend on the batch.
+        clip: (T, H, W) in frames and pixels.
+        """
+        max_bytes = self.dit.text.max_bytes if self.dit.text is not None else None
+        check_requests(requests, num_classes=self.dit.num_classes, has_text=max_bytes is not None)
+        try:
+            shape = self.vae.latent_shape(*clip)
+        except ValueError as error:
+            raise UserError(f"frames, resolution: {error}") from error
+        for start in range(0, len(requests), sampling.batch):
+            batch = requests[start : start + sampling.batch]
+            seeds = [hash_seed(sampling.seed, "generation", start + i) for i in range(len(batch))]
+            latents = sample_latents(
+                self.dit,
+                batch,
+                shape=shape,
+                num_classes=self.dit.num_classes,
+                max_bytes=max_bytes,
+                sampling=sampling,
+                seeds=seeds,
+                device=self.device,
+            )
+            video = to_uint8(self.vae.decode(self.vae.denormalize(latents)))  # B 3 T H W
+            yield from video.permute(0, 2, 3, 4, 1).cpu()

@@ -1,0 +1,65 @@
+"""A small text encoder over bytes, trained along with the DiT: no vocabulary, no download, any language.
+
+Shapes: B batch, M tokens of a batch (its longest prompt plus one), D width.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sora_lite.models.layers import MLP, SelfAttention
+
+PAD, BEGIN = 0, 1
+_FIRST_BYTE = 2
+
+
+def tokenize(prompts: Sequence[str], max_bytes: int) -> Tensor:
+    """UTF-8 bytes as token ids, padded to the batch's longest. Returns int64 B M.
+
+    Every row starts with BEGIN, so the empty prompt is BEGIN alone: that is "no text", the null condition.
+    """
+    rows = [[BEGIN] + [_FIRST_BYTE + byte for byte in prompt.encode()[:max_bytes]] for prompt in prompts]
+    longest = max(len(row) for row in rows)
+    return torch.tensor([row + [PAD] * (longest - len(row)) for row in rows])
+
+
+class ByteTextEncoder(nn.Module):
+    """Pre-norm transformer over bytes with learned positions.
+
+    Args:
+        width, depth, heads: of the transformer.
+        max_bytes: longest prompt; `tokenize` must be called with the same.
+    """
+
+    def __init__(self, *, width: int, depth: int, heads: int, max_bytes: int) -> None:
+        super().__init__()
+        self.max_bytes = max_bytes
+        self.width = width
+        self.token_embedding = nn.Embedding(_FIRST_BYTE + 256, width)
+        self.position_embedding = nn.Embedding(max_bytes + 1, width)
+        self.blocks = nn.ModuleList(TextBlock(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """tokens: B M. Returns (features B M D, mask B M, True where a token is real)."""
+        mask = tokens != PAD  # B M
+        x = self.token_embedding(tokens) + self.position_embedding.weight[: tokens.shape[1]]  # B M D
+        for block in self.blocks:
+            x = block(x, mask[:, None, None, :])
+        return self.norm(x), mask
+
+
+class TextBlock(nn.Module):
+    """Pre-norm attention and MLP."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm_attention = nn.LayerNorm(width)
+        self.attention = SelfAttention(width, heads)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.mlp = MLP(width, 4 * width)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = x + self.attention(self.norm_attention(x), mask=mask)
+        return x + self.mlp(self.norm_mlp(x))

@@ -1,0 +1,1 @@
+"""Processes (`env`) and how a plain model is laid out over them from outside (`apply`)."""

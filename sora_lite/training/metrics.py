@@ -1,0 +1,73 @@
+"""Numbers about a run: sums over ranks, speed, and the use that is made of the hardware."""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from sora_lite.parallel.env import Rank
+
+# Dense bf16 peak in 1e12 FLOP/s, from the makers' data sheets (without sparsity).
+PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "B200": 2250.0, "A100": 312.0, "L40S": 362.0, "RTX 4090": 165.0}
+
+
+class Means:
+    """Running means of named values over steps and, when read, over ranks."""
+
+    def __init__(self, rank: Rank) -> None:
+        self._rank = rank
+        self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+
+    def add(self, name: str, value: float, weight: float = 1.0) -> None:
+        """Count a value in. Every rank must use the same names between two reads."""
+        entry = self._sums[name]
+        entry[0] += value * weight
+        entry[1] += weight
+
+    def read(self) -> dict[str, float]:
+        """Weighted mean of each name over all ranks, and start anew. A collective. Names without weight are left out."""
+        names = sorted(self._sums)
+        totals = self._rank.sum(torch.tensor([self._sums[name] for name in names], dtype=torch.float64).view(-1, 2))
+        self._sums.clear()
+        return {name: float(s / w) for name, (s, w) in zip(names, totals, strict=True) if w > 0}
+
+
+def count_flops(call: Callable[[], object]) -> int:
+    """Floating-point operations (a multiply-add is two) of `call`, which should run on the meta device."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        call()
+    return counter.get_total_flops()
+
+
+def peak_flops(device: torch.device, configured_tflops: float | None) -> float:
+    """Peak FLOP/s of one device: as configured, else the data sheet of a known GPU, else a large matrix product's speed."""
+    if configured_tflops is not None:
+        return configured_tflops * 1e12
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for known, tflops in PEAK_TFLOPS.items():
+            if known in name:
+                return tflops * 1e12
+    return _measured_peak(device)
+
+
+def _measured_peak(device: torch.device, side: int = 1024, repeats: int = 3) -> float:
+    a = torch.ones(side, side, device=device)
+
+    def product() -> Tensor:
+        result = a @ a
+        float(result[0, 0])  # waits for the device
+        return result
+
+    product()
+    best = min(_seconds(product) for _ in range(repeats))
+    return 2 * side**3 / best
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start

@@ -1,0 +1,108 @@
+"""What is trained, as the trainer sees it: a module, a loss on a batch, and a few side jobs."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sora_lite.data.index import Index
+from sora_lite.data.loader import Clip, ClipBatch, ClipReader
+from sora_lite.parallel.env import Rank
+from sora_lite.training.engine import Engine
+
+
+@dataclass(kw_only=True, slots=True)
+class Loss:
+    """Result of a forward pass on one micro-batch.
+
+    loss: scalar, the mean over the micro-batch. parts: named (value, weight) pairs for the record.
+    """
+
+    loss: Tensor
+    parts: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.loss.ndim:
+            raise ValueError(f"loss has shape {tuple(self.loss.shape)}, not a scalar")
+
+
+class Objective(Protocol):
+    """The two implementations are `objective_vae.VAEObjective` and `objective_dit.DiTObjective`.
+
+    Whatever calls the engine is called by all ranks equally often, as ZeRO-3 needs.
+    """
+
+    name: str
+    """Name of the engine: `vae` or `dit`."""
+    module: nn.Module
+    """What is trained, with the same weights on every rank."""
+
+    def tokens(self, frames: int, height: int, width: int) -> int:
+        """What the speed of a step is counted in, for a clip of so many frames and pixels."""
+        ...
+
+    def flops(self, frames: int, height: int, width: int) -> int:
+        """FLOPs of a forward pass of the module on one clip. Run on the meta device."""
+        ...
+
+    def loss(self, engine: Engine, batch: ClipBatch) -> Loss:
+        """Loss of this rank's micro-batch."""
+        ...
+
+    def validate(self, engine: Engine, held_out: "HeldOut") -> dict[str, float]:
+        """Figures on held-out clips, the same on all ranks. Called with the averaged weights in place."""
+        ...
+
+    def sample(self, engine: Engine, held_out: "HeldOut", path: Path) -> None:
+        """Draw a contact sheet to `path` (rank 0 writes). Called with the averaged weights in place."""
+        ...
+
+    def finish(self, engine: Engine, training: "HeldOut") -> None:
+        """Called once before the last checkpoint, with the averaged weights in place and a few training clips."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What must be the same when a run is resumed, as JSON."""
+        ...
+
+
+class HeldOut:
+    """A fixed set of clips, divided over the ranks into equally many batches.
+
+    The set is the first `count` samples of the index by key order (keys are hashes: a fair draw). Where ranks do not
+    divide it, some clips come twice, the second time with weight 0.
+    """
+
+    def __init__(
+        self, index: Index, *, count: int, shape: tuple[int, int, int], fps: float | None, rank: Rank, batch: int
+    ) -> None:
+        self._reader = ClipReader(index, fps=fps, cache_bytes=0)
+        chosen = np.argsort(index.keys)[:count]
+        self.count = len(chosen)
+        self.shape = shape
+        self._shape, self._rank, self._batch = shape, rank, batch
+        per_rank = -(-self.count // rank.world_size) if self.count else 0
+        places = np.arange(per_rank) * rank.world_size + rank.rank
+        self._places = places
+        self._samples = chosen[places % max(self.count, 1)]
+        self._weights = (places < self.count).astype(np.float64)
+        self._clips: list[Clip] | None = None
+
+    def clips(self) -> list[Clip]:
+        """This rank's clips, decoded once and kept."""
+        if self._clips is None:
+            self._clips = [self._reader.read(int(sample), self._shape) for sample in self._samples]
+        return self._clips
+
+    def batches(self) -> "list[tuple[Tensor, list[Clip], np.ndarray, np.ndarray]]":
+        """(video uint8 B 3 T H W, clips, weights B, places B in the whole set) per batch."""
+        clips = self.clips()
+        result = []
+        for start in range(0, len(clips), self._batch):
+            part = slice(start, start + self._batch)
+            video = torch.from_numpy(np.stack([clip.frames for clip in clips[part]])).permute(0, 4, 1, 2, 3)
+            result.append((video, clips[part], self._weights[part], self._places[part]))
+        return result

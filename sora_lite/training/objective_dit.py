@@ -1,0 +1,185 @@
+"""Training the DiT: rectified flow on the latents of a frozen VAE.
+
+Shapes: B batch, C latent channels, T H W frames and pixels, t h w latent frames and cells.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sora_lite.config import DiffusionConfig, DiTConfig, SamplingConfig, TimestepSampling
+from sora_lite.data.loader import Clip, ClipBatch
+from sora_lite.data.order import hash_seed
+from sora_lite.diffusion import timesteps
+from sora_lite.diffusion.loss import mse_per_sample
+from sora_lite.diffusion.path import rectified_flow
+from sora_lite.evaluation.page import contact_sheet
+from sora_lite.generation.pipeline import (
+    Request,
+    check_requests,
+    conditions,
+    sample_latents,
+    seeded_normal,
+    to_float,
+    to_uint8,
+)
+from sora_lite.models.dit import VideoDiT
+from sora_lite.models.patch import token_grid
+from sora_lite.models.vae import CausalVAE
+from sora_lite.parallel.env import Rank
+from sora_lite.training.engine import Engine
+from sora_lite.training.metrics import Means, count_flops
+from sora_lite.training.objective import HeldOut, Loss
+
+TIME_BINS = 5
+"""The record shows the loss by bins of the time t, each of width 1 / TIME_BINS."""
+VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
+SAMPLES_SHOWN = 8
+DENSITIES = {TimestepSampling.logit_normal: timesteps.logit_normal, TimestepSampling.uniform: timesteps.uniform}
+
+
+class DiTObjective:
+    """Velocity prediction with labels and text, each dropped at random for classifier-free guidance.
+
+    Args:
+        model, diffusion: as configured.
+        vae: frozen; stays outside of the engine, whole on every rank.
+        seed: of the run.
+        rank: this process.
+    """
+
+    name = "dit"
+
+    def __init__(self, model: DiTConfig, diffusion: DiffusionConfig, vae: CausalVAE, *, seed: int, rank: Rank) -> None:
+        self.config, self.diffusion, self.seed, self.rank = model, diffusion, seed, rank
+        self.vae = vae.to(rank.device)
+        self.fingerprint = vae.fingerprint()
+        self.architecture = {"channels": vae.latent_channels, **asdict(model)}
+        self.module: nn.Module = VideoDiT(**self.architecture)
+        self.max_bytes = model.text.max_bytes if model.text else None
+        streams = (model.num_classes > 0) + (model.text is not None)
+        # Independent draws per stream that together drop all with the configured probability.
+        self.drop = diffusion.condition_dropout ** (1 / streams)
+
+    def tokens(self, frames: int, height: int, width: int) -> int:
+        """Tokens of the transformer."""
+        _, *cells = self.vae.latent_shape(frames, height, width)
+        p, q, r = self.config.patch
+        return int(np.prod(token_grid((cells[0], cells[1], cells[2]), (p, q, r))))
+
+    def flops(self, frames: int, height: int, width: int) -> int:
+        """Of the DiT alone; the frozen VAE is not counted as the model's work."""
+        with torch.device("meta"):
+            dit = VideoDiT(**self.architecture)
+            latent = torch.empty(1, *self.vae.latent_shape(frames, height, width))
+            time, labels = torch.empty(1), torch.zeros(1, dtype=torch.int64)
+            text = torch.ones(1, (self.max_bytes or 0) + 1, dtype=torch.int64)
+        return count_flops(lambda: dit(latent, time, labels, text))
+
+    def _seed(self, batch: ClipBatch, purpose: str) -> list[int]:
+        return [hash_seed(self.seed, batch.step, int(position), purpose) for position in batch.positions]
+
+    def times(self, seeds: list[int]) -> Tensor:
+        """Training times in [0, 1], one per seed."""
+        normal = seeded_normal((), seeds, self.rank.device)
+        return timesteps.shift(DENSITIES[self.diffusion.timesteps](normal), self.diffusion.shift)
+
+    def dropped(self, requests: list[Request], seeds: list[int]) -> list[Request]:
+        """Requests with each condition left out at random."""
+        kept = []
+        for request, seed in zip(requests, seeds, strict=True):
+            draws = torch.rand(2, generator=torch.Generator().manual_seed(seed))
+            label = -1 if draws[0] < self.drop else request.label
+            kept.append(Request(prompt="" if draws[1] < self.drop else request.prompt, label=label))
+        return kept
+
+    def _conditions(self, requests: list[Request]) -> tuple[Tensor | None, Tensor | None]:
+        return conditions(
+            requests, num_classes=self.config.num_classes, max_bytes=self.max_bytes, device=self.rank.device
+        )
+
+    @torch.no_grad()
+    def _latents(self, video: Tensor, seeds: list[int]) -> Tensor:
+        """Normalised latents B C t h w, drawn from the posterior."""
+        posterior = self.vae.encode(to_float(video.to(self.rank.device, non_blocking=True)))
+        noise = seeded_normal(posterior.mean.shape[1:], seeds, self.rank.device)
+        return self.vae.normalize(posterior.sample(noise))
+
+    def _predict(self, engine: Engine, x: Tensor, t: Tensor, labels: Tensor | None, text: Tensor | None) -> Tensor:
+        return engine(x.to(next(engine.module.parameters()).dtype), t, labels, text).float()
+
+    def loss(self, engine: Engine, batch: ClipBatch) -> Loss:
+        data = self._latents(batch.video, self._seed(batch, "posterior"))  # B C t h w
+        noise = seeded_normal(data.shape[1:], self._seed(batch, "noise"), self.rank.device)
+        time = self.times(self._seed(batch, "time"))  # B
+        point = rectified_flow(data, noise, time)
+        requests = [
+            Request(
+                prompt=caption if self.max_bytes is not None else "", label=label if self.config.num_classes else -1
+            )
+            for caption, label in zip(batch.captions, batch.labels.tolist(), strict=True)
+        ]
+        check_requests(requests, num_classes=self.config.num_classes, has_text=self.max_bytes is not None)
+        labels, text = self._conditions(self.dropped(requests, self._seed(batch, "dropout")))
+        prediction = self._predict(engine, point.x_t, time, labels, text)
+        each = mse_per_sample(prediction, point.target)  # B
+        parts = {}
+        bins = (time * TIME_BINS).long().clamp_max(TIME_BINS - 1)
+        for number in range(TIME_BINS):
+            inside = each.detach()[bins == number]
+            mean = float(inside.mean()) if len(inside) else 0.0
+            parts[f"loss_t{number / TIME_BINS:.1f}"] = (mean, float(len(inside)))
+        return Loss(loss=each.mean(), parts=parts)
+
+    def validate(self, engine: Engine, held_out: HeldOut) -> dict[str, float]:
+        """Loss at fixed times with fixed noise and all conditions; `val_loss` is the mean over the times."""
+        means = Means(self.rank)
+        for video, clips, weights, places in held_out.batches():
+            data = self._latents(video, [hash_seed("validation", int(p), "posterior") for p in places])
+            labels, text = self._conditions([self._request(clip) for clip in clips])
+            for time in VALIDATION_TIMES:
+                noise = seeded_normal(
+                    data.shape[1:], [hash_seed("validation", int(p), "noise", str(time)) for p in places], data.device
+                )
+                t = torch.full((len(data),), time, device=data.device)
+                point = rectified_flow(data, noise, t)
+                each = mse_per_sample(self._predict(engine, point.x_t, t, labels, text), point.target)
+                for value, weight in zip(each.tolist(), weights, strict=True):
+                    means.add("val_loss", value, weight)
+                    means.add(f"val_loss_t{time}", value, weight)
+        return means.read()
+
+    def _request(self, clip: Clip) -> Request:
+        prompt = clip.captions[0] if clip.captions and self.max_bytes is not None else ""
+        return Request(prompt=prompt, label=clip.label if self.config.num_classes else -1)
+
+    def sample(self, engine: Engine, held_out: HeldOut, path: Path) -> None:
+        """Generations for the conditions of a few held-out clips."""
+        # All ranks draw the same ones, because all must call the engine equally often.
+        _, clips, _, _ = held_out.batches()[0]
+        mine = [self._request(clip) for clip in clips[:SAMPLES_SHOWN]]
+        told = self.rank.gather([[request.prompt, request.label] for request in mine])[0]
+        requests = [Request(prompt=prompt, label=label) for prompt, label in told]
+        latents = sample_latents(
+            lambda x, t, labels, text: self._predict(engine, x, t, labels, text),
+            requests,
+            shape=self.vae.latent_shape(*held_out.shape),
+            num_classes=self.config.num_classes,
+            max_bytes=self.max_bytes,
+            sampling=SamplingConfig(shift=self.diffusion.shift),
+            seeds=[hash_seed("sample", i) for i in range(len(requests))],
+            device=self.rank.device,
+        )
+        if self.rank.is_main:
+            video = to_uint8(self.vae.decode(self.vae.denormalize(latents))).permute(0, 2, 3, 4, 1).cpu().numpy()
+            contact_sheet(list(video), [request.prompt or str(request.label) for request in requests]).save(path)
+
+    def finish(self, engine: Engine, training: HeldOut) -> None:
+        """Nothing to add to the weights."""
+
+    def state(self) -> dict[str, Any]:
+        return {"model": self.architecture, "vae_fingerprint": self.fingerprint}

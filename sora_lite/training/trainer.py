@@ -1,0 +1,350 @@
+"""The training loop, one for the VAE and the DiT.
+
+run folder: RUN/
+  config.yaml          the resolved configuration of the last attempt
+  metrics.jsonl        the record
+  checkpoints/         see `training.checkpoint`
+  samples/             contact sheets
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from tqdm import tqdm
+
+from sora_lite.config import BaseTrainConfig, DataConfig
+from sora_lite.data.buckets import rows_from
+from sora_lite.data.index import Index
+from sora_lite.data.loader import BadSample, ClipBatch, ClipLoader
+from sora_lite.errors import UserError
+from sora_lite.parallel.apply import apply_activation_checkpointing
+from sora_lite.parallel.env import Rank
+from sora_lite.training import checkpoint
+from sora_lite.training.ema import EMA
+from sora_lite.training.engine import Engine
+from sora_lite.training.metrics import Means, peak_flops
+from sora_lite.training.objective import HeldOut, Loss, Objective
+from sora_lite.training.optim import learning_rate
+from sora_lite.training.tracking import Tracker
+
+STATISTICS_SAMPLES = 512
+"""Training clips that `Objective.finish` sees."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class StepResult:
+    """What one optimizer step showed on this rank. grad_norm is global; losses has one entry per pass."""
+
+    losses: list[Loss]
+    grad_norm: float
+
+
+def train_step(
+    objective: Objective, engine: Engine, ema: EMA | None, batches: Sequence[ClipBatch], step: int, lr: float
+) -> StepResult:
+    """One optimizer step: forward and backward of every micro-batch, update, average."""
+    losses = []
+    for batch in batches:
+        result = objective.loss(engine, batch)
+        engine.backward(result.loss)
+        losses.append(result)
+    grad_norm = engine.step(lr)
+    if ema is not None:
+        ema.update(step)
+    return StepResult(losses=losses, grad_norm=grad_norm)
+
+
+class Trainer:
+    """A run: everything that is built once, and the loop.
+
+    Args:
+        config: checked configuration.
+        objective: what is trained.
+        rank: this process.
+
+    Raises:
+        UserError: the data, a checkpoint or the layout does not fit the configuration.
+    """
+
+    def __init__(self, config: BaseTrainConfig, objective: Objective, rank: Rank) -> None:
+        self.config, self.objective, self.rank = config, objective, rank
+        self.folder = Path(config.run.root) / config.run.name
+        self.checkpoints = self.folder / "checkpoints"
+        if rank.is_main:
+            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+            OmegaConf.save(OmegaConf.structured(config), self.folder / "config.yaml")
+        index = load_split(config.data, "train")
+        self.loader = make_loader(config, index, objective, rank)
+        bucket = self.loader.order.buckets[0]
+        micro = bucket.batch // rank.world_size // config.parallel.accumulation
+        held_out = {"shape": bucket.shape, "fps": config.data.fps, "rank": rank, "batch": micro}
+        validation = load_split(config.data, "validation", required=False)
+        self.validation = HeldOut(validation, count=config.run.validation_samples, **held_out)
+        self.statistics = HeldOut(index, count=STATISTICS_SAMPLES, **held_out)
+        if config.parallel.activation_checkpointing:
+            apply_activation_checkpointing(objective.module)
+        self.engine = Engine(
+            objective.module, optim=config.optim, parallel=config.parallel, rank=rank, global_batch=bucket.batch
+        )
+        self.ema = EMA(self.engine, config.optim.ema_decay) if config.optim.ema_decay > 0 else None
+        self.wandb_id: str | None = None
+        self.seen = self.bad = 0
+        self.step = self._resume()
+
+    # ------------------------------------------------------------------------------------------------ the loop
+
+    def run(self) -> None:
+        """Train to `run.steps`, from the newest checkpoint if there is one."""
+        run = self.config.run
+        if self.step >= run.steps:
+            self._say(f"{self.folder}: already trained to step {self.step}")
+            return
+        self._start_tracking()
+        means, clock = Means(self.rank), Clock()
+        batches = self.loader.steps(self.step, run.steps)
+        progress = tqdm(
+            total=run.steps, initial=self.step, desc=run.name, unit="step", disable=not self.rank.is_main, mininterval=1
+        )
+        while self.step < run.steps:
+            wait = time.perf_counter()
+            micro_batches = next(batches)
+            clock.waited += time.perf_counter() - wait
+            lr = learning_rate(self.step, self.config.optim, run.steps)
+            result = train_step(self.objective, self.engine, self.ema, micro_batches, self.step, lr)
+            self.step += 1
+            progress.update()
+            self._count(result, micro_batches, means, clock)
+            if self._due(run.log_every):
+                self._log(means, clock, lr, result.grad_norm, progress)
+            if self._due(run.validate_every):
+                self._validate()
+                clock.restart()
+            if self._due(run.sample_every):
+                self._sample()
+                clock.restart()
+            if self.step == run.steps:
+                self._finish()
+            if self._due(run.save_every):
+                self._save()
+                clock.restart()
+        progress.close()
+        if self.tracker:
+            self.tracker.finish()
+        self._say(f"{self.folder}: trained to step {self.step}")
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and (self.step % every == 0 or self.step == self.config.run.steps)
+
+    def _count(self, result: StepResult, batches: Sequence[ClipBatch], means: Means, clock: "Clock") -> None:
+        for loss in result.losses:
+            means.add("loss", float(loss.loss.detach()))
+            for name, (value, weight) in loss.parts.items():
+                means.add(name, value, weight)
+        bad: list[BadSample] = [one for batch in batches for one in batch.bad]
+        for batch in batches:
+            shape = tuple(batch.video.shape[2:])
+            clips = len(batch.keys) * self.rank.world_size
+            self.seen += clips
+            clock.clips += clips
+            clock.tokens += clips * self.objective.tokens(*shape)
+            clock.flops += 3 * clips * self._forward_flops(shape)
+        for one in bad:
+            self._say(f"{one.shard}: sample {one.key} replaced: {one.reason}", everyone=True)
+        means.add("bad_samples", len(bad), 1.0)
+        self.bad += len(bad)
+        limit = self.config.data.max_bad_fraction
+        # This rank's share of what was seen; a handful is no ground to stop.
+        if self.bad > 10 and self.bad * self.rank.world_size > limit * self.seen:
+            raise UserError(
+                f"data.max_bad_fraction: {self.bad} damaged samples so far on rank {self.rank.rank}, more than "
+                f"{limit:.2%} (the last: {bad[-1].shard}, {bad[-1].reason}); run `sora-data verify {self.config.data.shards}`"
+            )
+
+    # ------------------------------------------------------------------------------------------------ side jobs
+
+    def _log(self, means: Means, clock: "Clock", lr: float, grad_norm: float, progress: tqdm) -> None:
+        values = means.read()
+        seconds = clock.seconds()
+        speed = clock.flops / seconds / self.rank.world_size
+        values |= {
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "clips_per_s": clock.clips / seconds,
+            "tokens_per_s": clock.tokens / seconds,
+            "tflops_per_device": speed / 1e12,
+            "mfu": speed / self._peak,
+            "data_wait": clock.waited / seconds,
+            "pass": self._passes(),
+        }
+        clock.restart()
+        if self.tracker:
+            self.tracker.log(self.step, values)
+        progress.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+
+    def _passes(self) -> float:
+        """Passes over the data so far, over all buckets."""
+        return self.step * self.loader.order.buckets[0].batch / max(1, len(self.loader.index))
+
+    def _validate(self) -> None:
+        if self.validation.count == 0:
+            return
+        with self.engine.swapped(self.ema):
+            values = self.objective.validate(self.engine, self.validation)
+        if self.tracker:
+            self.tracker.log(self.step, values)
+
+    def _sample(self) -> None:
+        if self.validation.count == 0:
+            return
+        path = self.folder / "samples" / f"step_{self.step:08d}.png"
+        with self.engine.swapped(self.ema):
+            self.objective.sample(self.engine, self.validation, path)
+        if self.tracker:
+            self.tracker.log_image(self.step, "samples", path)
+
+    def _finish(self) -> None:
+        with self.engine.swapped(self.ema):
+            self.objective.finish(self.engine, self.statistics)
+
+    # ------------------------------------------------------------------------------------------------ state
+
+    def _state(self) -> dict[str, Any]:
+        """What the checkpoint holds beside weights, and what must agree when it is gone on from."""
+        return {
+            "kind": self.objective.name,
+            "objective": self.objective.state(),
+            "order": self.loader.order.fingerprint(),
+            "data": self.loader.index.fingerprint(),
+            "seed": self.config.run.seed,
+        }
+
+    def _save(self) -> None:
+        extra = {
+            "must_agree": self._state(),
+            "config": OmegaConf.to_container(OmegaConf.structured(self.config), resolve=True, enum_to_str=True),
+            "wandb_id": self.rank.gather(self.tracker.wandb_id if self.tracker else None)[0],
+            "clip": list(self.loader.order.buckets[0].shape),
+            "fps": self.config.data.fps or 0.0,
+        }
+        checkpoint.save(
+            self.checkpoints,
+            self.step,
+            {self.objective.name: self.engine},
+            {self.objective.name: self.ema},
+            extra,
+            self.rank,
+            self.config.run.keep_last,
+        )
+
+    def _resume(self) -> int:
+        """Load the newest checkpoint, if there is one. Returns the step that it was made at."""
+        path = checkpoint.latest(self.checkpoints)
+        if path is None:
+            return 0
+        state = checkpoint.load(
+            path,
+            {self.objective.name: self.engine},
+            {self.objective.name: self.ema},
+            check=lambda state: self._check_agrees(path, state["extra"]["must_agree"]),
+        )
+        self.wandb_id = state["extra"]["wandb_id"]
+        self._say(f"{self.folder}: goes on from step {state['step']}")
+        return int(state["step"])
+
+    def _check_agrees(self, path: Path, saved: dict[str, Any]) -> None:
+        now = self._state()
+        for key, why in (
+            ("kind", "another kind of model"),
+            ("objective", "another model or VAE"),
+            ("seed", "another run.seed"),
+            ("data", "other shards"),
+            ("order", "other data settings (buckets, batch, fps or shuffling)"),
+        ):
+            if saved[key] != now[key]:
+                raise UserError(
+                    f"{path}: was made with {why}; {_difference(saved[key], now[key])}give run.name another name to start "
+                    "anew, or the old settings to go on"
+                )
+
+    def _start_tracking(self) -> None:
+        self.tracker: Tracker | None = None
+        self._peak = peak_flops(self.rank.device, self.config.logging.peak_tflops)
+        self._flops: dict[tuple[int, ...], int] = {}
+        if self.rank.is_main:
+            self.tracker = Tracker(
+                self.folder,
+                self.config.logging,
+                resume_step=self.step,
+                wandb_id=self.wandb_id,
+                config=OmegaConf.to_container(OmegaConf.structured(self.config), enum_to_str=True),  # type: ignore[arg-type]
+            )
+
+    def _forward_flops(self, shape: tuple[int, ...]) -> int:
+        if shape not in self._flops:
+            self._flops[shape] = self.objective.flops(*shape)
+        return self._flops[shape]
+
+    def _say(self, text: str, *, everyone: bool = False) -> None:
+        if self.rank.is_main or everyone:
+            tqdm.write(text)
+
+
+class Clock:
+    """Work and time since the last line of the record."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was counted: what follows is training again."""
+        self.start = time.perf_counter()
+        self.waited = self.flops = 0.0
+        self.clips = self.tokens = 0
+
+    def seconds(self) -> float:
+        """Wall-clock seconds since the last restart."""
+        return max(time.perf_counter() - self.start, 1e-9)
+
+
+def _difference(saved: Any, now: Any) -> str:
+    """Where two JSON values differ, as `key was a, is b; `, empty for values that say nothing to people."""
+    if isinstance(saved, dict) and isinstance(now, dict):
+        return "".join(
+            f"{key} was {saved.get(key)}, is {now.get(key)}; "
+            for key in sorted(saved.keys() | now.keys())
+            if saved.get(key) != now.get(key) and not isinstance(saved.get(key), dict)
+        ) or "".join(_difference(saved.get(key), now.get(key)) for key in sorted(saved.keys() | now.keys()))
+    return ""
+
+
+def load_split(data: DataConfig, split: str, *, required: bool = True) -> Index:
+    """The index of one split of the configured shards."""
+    index = Index.load(Path(data.shards), split)
+    if required and len(index) == 0:
+        raise UserError(f"data.shards: {data.shards} has no {split} samples; pack more videos with `sora-data run`")
+    return index
+
+
+def make_loader(config: BaseTrainConfig, index: Index, objective: Objective, rank: Rank) -> ClipLoader:
+    """The loader of the configured data for this rank."""
+    data = config.data
+    rules = [((rule.resolution[0], rule.resolution[1]), rule.frames, rule.keep, rule.batch) for rule in data.buckets]
+    return ClipLoader(
+        index,
+        rows_from(rules, objective.tokens, data.batch_tokens, data.divisor),
+        fps=data.fps,
+        seed=config.run.seed,
+        block_shards=data.block_shards,
+        flip=data.flip,
+        rank=rank.rank,
+        world_size=rank.world_size,
+        accumulation=config.parallel.accumulation,
+        workers=data.workers,
+        cache_bytes=data.cache_mb * 2**20,
+        pin=torch.device(rank.device).type == "cuda",
+    )

@@ -1,0 +1,15 @@
+"""The benchmarks still run, and print a row for each thing that they compare."""
+
+import subprocess
+import sys
+
+import pytest
+from project_tree import ROOT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("table", "rows"), [("reading", ("webdataset", "sora_lite")), ("step", ("ZeRO 0", "ZeRO 3"))])
+def test_benchmark_runs(table: str, rows: tuple[str, ...]) -> None:
+    done = subprocess.run([sys.executable, "-m", "benchmarks", table], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(row in done.stdout for row in rows)

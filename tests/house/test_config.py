@@ -1,0 +1,168 @@
+"""The configuration is whole: every named choice composes, every field is explained and used, every typo is named."""
+
+import ast
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from functools import cache
+from itertools import zip_longest
+from typing import Any, get_args, get_type_hints
+
+import pytest
+from omegaconf import OmegaConf
+from project_tree import PACKAGES, ROOT, is_under, module_of, python_files, tree_of
+
+from sora_lite import config as schema
+from sora_lite.cli.compose import assets, choices, compose, compose_tree, groups, leaves
+from sora_lite.errors import UserError
+
+GIVEN = {
+    "run.name": "trial",
+    "run": "runs/trial",
+    "data.shards": "shards",
+    "shards": "shards",
+    "vae_from": "runs/vae",
+    "model": "runs/trial/export",
+    "out": "out",
+}
+"""What only a person can say, by key."""
+
+EXPERIMENTS = choices("experiment")
+
+
+@cache
+def asked_for(root: str) -> list[str]:
+    """Overrides for everything that a root's own defaults leave to a person."""
+    return [f"{key}={GIVEN[key]}" for key in sorted(OmegaConf.missing_keys(compose_tree(root, [])))]
+
+
+def compose_whole(root: str, *overrides: str) -> Any:
+    """Compose a root with whatever only a person can say filled in."""
+    said = {override.split("=")[0] for override in overrides}
+    return compose(root, [*overrides, *(given for given in asked_for(root) if given.split("=")[0] not in said)])
+
+
+def nodes(node: type) -> Iterator[type]:
+    """A dataclass and all dataclasses below it."""
+    yield node
+    for kind in get_type_hints(node).values():
+        for inner in (kind, *get_args(kind)):
+            if is_dataclass(inner):
+                yield from nodes(inner)
+
+
+@pytest.mark.parametrize("root", schema.ROOTS)
+def test_every_choice_composes(root: str) -> None:
+    # One choice of each group at a time: together they cover all, and composing is slow.
+    rows = ([f"{group}={choice}" for choice in choices(group)] for group in groups(root) if group != "experiment")
+    for together in zip_longest(*rows):
+        overrides = [override for override in together if override]
+        assert isinstance(compose_whole(root, *overrides), schema.ROOTS[root]), overrides
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_composes(experiment: str) -> None:
+    composed, refused = [], {}
+    for root in (root for root in schema.ROOTS if "experiment" in groups(root)):
+        try:
+            composed.append(compose_whole(root, f"experiment={experiment}"))
+        except UserError as error:
+            refused[root] = str(error)
+    assert composed, f"fits no verb: {refused}"
+
+
+def test_every_choice_belongs_to_a_verb() -> None:
+    used = {group for root in schema.ROOTS for group in groups(root)}
+    assert {path.name for path in assets("conf").iterdir() if path.is_dir()} == used
+    assert {path.stem for path in assets("conf").glob("*.yaml")} == set(schema.ROOTS)
+
+
+def test_every_field_is_explained() -> None:
+    found = {node for root in schema.ROOTS.values() for node in nodes(root)}
+    silent = [
+        f"{node.__name__}.{field.name}"
+        for node in found
+        for field in fields(node)
+        if not is_dataclass(get_type_hints(node)[field.name]) and not schema.field_docs(node).get(field.name)
+    ]
+    assert not silent
+    assert all(node.__doc__ and not node.__doc__.startswith(f"{node.__name__}(") for node in found)
+
+
+def test_every_field_is_used() -> None:
+    """A field is used where it is read as an attribute, or handed on as the parameter of that name."""
+    names = set()
+    for path in python_files(*PACKAGES):
+        for node in ast.walk(tree_of(path)):
+            inside = module_of(path) != "sora_lite.config"
+            if isinstance(node, ast.Attribute) and inside:
+                names.add(node.attr)
+            elif isinstance(node, ast.arg) and inside and is_under(module_of(path), "sora_lite.models"):
+                names.add(node.arg)
+    every = {field.name for root in schema.ROOTS.values() for node in nodes(root) for field in fields(node)}
+    assert not every - names, "a setting that nothing reads"
+
+
+@pytest.mark.parametrize("root", schema.ROOTS)
+def test_a_mistyped_key_names_the_nearest(root: str) -> None:
+    keys = [name for name, _ in leaves(schema.ROOTS[root]) if not name.startswith("data.buckets.")]
+    longest = sorted((key for key in keys if "." in key or root in ("export", "demo")), key=len)[-3:]
+    for key in longest:
+        typo = f"{key[:-2]}{key[-1]}{key[-2]}x"
+        with pytest.raises(UserError) as error:
+            compose(root, [f"{typo}=1"])
+        assert typo in str(error.value) and key in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_mistyped_key_in_a_row_names_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"frames"):
+        compose_whole("train", "data.buckets=[{resolution:[32,32],framse:17}]")
+
+
+def test_a_mistyped_choice_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="dit_s_2"):
+        compose("train", ["model=dit_s2"])
+
+
+@pytest.mark.parametrize(
+    ("root", "override", "says"),
+    [
+        ("train", "run.steps=many", "run.steps"),
+        ("train", "optim.lr=fast", "optim.lr"),
+        ("train", "optim.schedule=linear", "cosine"),
+        ("train", "parallel.zero_stage=4", "parallel.zero_stage"),
+        ("train", "model.width=100", "model.heads"),
+        ("train_vae", "vae.widths=wide", "vae.widths"),
+    ],
+)
+def test_a_wrong_value_names_its_key(root: str, override: str, says: str) -> None:
+    with pytest.raises(UserError) as error:
+        compose_whole(root, override)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_value_is_asked_for() -> None:
+    with pytest.raises(UserError, match=r"data\.shards"):
+        compose("train", ["run.name=trial"])
+
+
+def test_what_is_composed_is_plain() -> None:
+    """Below the command line nobody meets a node of the configuration library."""
+
+    def walk(value: object) -> Iterator[object]:
+        yield value
+        if is_dataclass(value):
+            for field in fields(value):
+                yield from walk(getattr(value, field.name))
+        elif isinstance(value, list | tuple):
+            for item in value:
+                yield from walk(item)
+
+    for root in schema.ROOTS:
+        kinds = {type(value).__module__.split(".")[0] for value in walk(compose_whole(root))}
+        assert kinds <= {"builtins", "sora_lite"}
+
+
+def test_configuration_has_no_code() -> None:
+    """Interpolations into the environment or into resolvers would make the same file mean different things."""
+    texts = {path: path.read_text() for path in (ROOT / "conf").rglob("*.yaml")}
+    assert texts and not [path.name for path, text in texts.items() if "${oc.env" in text or "!!python" in text]

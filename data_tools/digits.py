@@ -1,7 +1,7 @@
 """The embedded demo data set: real scans of handwritten digits that move across a dark canvas, as labelled mp4 files.
 
-The scans are the 1,797 digits of 8 x 8 pixels that scikit-learn carries (from the UCI repository's Optical Recognition of
-Handwritten Digits).
+The scans are the 1,797 digits of 8 x 8 pixels that scikit-learn carries (from the UCI repository: Optical Recognition
+of Handwritten Digits).
 """
 
 import json

@@ -51,7 +51,11 @@ class Report:
 
     def save(self, folder: Path, config: PrepareConfig) -> None:
         """Write FOLDER/report.json."""
-        content = {"settings": config.content(), "counts": self.counts(), "excluded": [asdict(e) for e in self.excluded]}
+        content = {
+            "settings": config.content(),
+            "counts": self.counts(),
+            "excluded": [asdict(e) for e in self.excluded],
+        }
         replace_file(folder / REPORT, json.dumps(content, indent=1).encode() + b"\n")
 
     def table(self, folder: Path, manifest: Manifest | None, longest: int = 20) -> str:

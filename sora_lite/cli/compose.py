@@ -82,9 +82,13 @@ def _explain(error: Exception, root: str) -> str:
         if match := re.search(r"Key '([^']+)' (?:is )?not in (?:struct|'\w+')", text):
             full = re.search(r"full_key: (\S+)", text)
             return _unknown_key(full.group(1) if full else match.group(1), root)
-        if "full_key:" in text and ("could not be converted" in text or "Incompatible value" in text or "Invalid" in text):
+        if "full_key:" in text and (
+            "could not be converted" in text or "Incompatible value" in text or "Invalid" in text
+        ):
             key = re.search(r"full_key: (\S+)", text)
-            return f"{key.group(1) if key else ''}: {text.splitlines()[0]}{_expected(key.group(1) if key else '', root)}"
+            return (
+                f"{key.group(1) if key else ''}: {text.splitlines()[0]}{_expected(key.group(1) if key else '', root)}"
+            )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     message = lines[0] if lines else type(error).__name__
     if match := re.search(r"Could not override '([^']+)'", message):
@@ -134,7 +138,7 @@ def choices(group: str) -> list[str]:
     return sorted(path.stem for path in (assets("conf") / group).glob("*.yaml"))
 
 
-def leaves(node: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted names and types of all fields under a dataclass; rows of a list of dataclasses appear as `name.field`."""
     hints = get_type_hints(node)
     for field in fields(node):
@@ -174,7 +178,7 @@ def help_text(verb: str, root: str) -> str:
     return "\n".join(lines)
 
 
-def _field_lines(node: type, prefix: str) -> Iterator[str]:
+def _field_lines(node: Any, prefix: str) -> Iterator[str]:
     hints, docs = get_type_hints(node), schema.field_docs(node)
     for field in fields(node):
         kind = hints[field.name]

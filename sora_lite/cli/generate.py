@@ -16,9 +16,9 @@ from sora_lite.evaluation.page import PageClip, contact_sheet, loss_plot, write_
 from sora_lite.generation.export import Contract, load_dit
 from sora_lite.generation.pipeline import Pipeline, Request
 from sora_lite.parallel.env import local_device
+from sora_lite.training.tracking import RECORD
 
 DEFAULT_FPS = 8.0
-REAL_CLIPS = 8
 
 
 def main(verb: str, argv: list[str]) -> None:
@@ -50,9 +50,7 @@ def make_requests(prompts: list[str], labels: list[int], count: int) -> list[Req
     prompts = prompts or [""] * len(labels)
     labels = labels or [-1] * len(prompts)
     return [
-        Request(prompt=prompt, label=label)
-        for prompt, label in zip(prompts, labels, strict=True)
-        for _ in range(count)
+        Request(prompt=prompt, label=label) for prompt, label in zip(prompts, labels, strict=True) for _ in range(count)
     ]
 
 
@@ -73,38 +71,38 @@ def write(
     out.mkdir(parents=True, exist_ok=True)
     fps = config.fps or contract.fps or DEFAULT_FPS
     captions = [request.prompt or f"label {request.label}" for request in requests]
-    made = []
+    generated = []
     for i, (clip, caption) in enumerate(zip(clips, captions, strict=True)):
         name = f"generation_{i:04d}.mp4"
         write_mp4(out / name, clip, fps)
-        made.append(PageClip(file=name, caption=caption))
+        generated.append(PageClip(file=name, caption=caption))
     contact_sheet(clips, captions).save(out / "contact_sheet.png")
-    real = _real_clips(out, Path(config.shards), contract, fps) if config.shards else []
-    curve = None
+    real = _real_clips(out, set(captions), Path(config.shards), contract, fps) if config.shards else []
     if config.run:
-        curve = "loss.png"
-        loss_plot(Path(config.run) / "metrics.jsonl", out / curve)
+        loss_plot(Path(config.run) / RECORD, out / "loss.png")
     write_page(
         out,
         title=f"Generations of {contract.run}",
-        subtitle=f"step {contract.step}, {contract.weights} weights, {config.sampling.sampler.name} with "
+        subtitle=f"step {contract.step}, {contract.weights} weights, {config.sampling.sampler.name} sampler with "
         f"{config.sampling.steps} steps, guidance {config.sampling.guidance:g}",
-        generated=made,
+        generated=generated,
         real=real,
         contact_sheet="contact_sheet.png",
-        loss_curve=curve,
+        loss_curve="loss.png" if config.run else None,
     )
 
 
-def _real_clips(out: Path, shards: Path, contract: Contract, fps: float) -> list[PageClip]:
-    """A few held-out clips at the model's size."""
+def _real_clips(out: Path, captions: set[str], shards: Path, contract: Contract, fps: float) -> list[PageClip]:
+    """For each caption a held-out clip that has it, where there is one, at the model's size."""
     index = Index.load(shards, "validation")
     reader = ClipReader(index, fps=contract.fps or None, cache_bytes=0)
     frames, height, width = contract.clip
-    made = []
-    for i in range(min(REAL_CLIPS, len(index))):
-        clip = reader.read(i, (frames, height, width))
-        name = f"real_{i:04d}.mp4"
-        write_mp4(out / name, clip.frames, fps)
-        made.append(PageClip(file=name, caption=clip.captions[0] if clip.captions else ""))
-    return made
+    found: dict[str, PageClip] = {}
+    for sample in range(len(index)):
+        for caption in captions.intersection(reader.meta(sample).get("captions") or []) - found.keys():
+            name = f"real_{sample:04d}.mp4"
+            write_mp4(out / name, reader.read(sample, (frames, height, width)).frames, fps)
+            found[caption] = PageClip(file=name, caption=caption)
+        if len(found) == len(captions):
+            break
+    return list(found.values())

@@ -51,7 +51,7 @@ def frames_at(frames: np.ndarray, own_fps: np.ndarray, fps: float | None) -> np.
 def assign(
     rows: Sequence[Row],
     *,
-    keys: Sequence[str],
+    keys: np.ndarray,
     frames: np.ndarray,
     height: np.ndarray,
     width: np.ndarray,
@@ -74,7 +74,7 @@ def assign(
         for number, row in enumerate(rows):
             fits = (chosen < 0) & (preference[:, rank] == number) & (available >= row.shape[0])
             if row.keep < 1:
-                kept = [_fraction(keys[i], number) < row.keep for i in np.flatnonzero(fits)]
+                kept = [_fraction(str(keys[i]), number) < row.keep for i in np.flatnonzero(fits)]
                 fits[np.flatnonzero(fits)] = kept
             chosen[fits] = number
     buckets = []
@@ -83,8 +83,8 @@ def assign(
         if len(samples) == 0:
             t, h, w = row.shape
             raise UserError(
-                f"data.buckets[{number}]: none of the {len(frames)} samples goes to {t} frames of {h}x{w}; the longest "
-                f"has {int(available.max(initial=0))} frames at data.fps={fps}; ask for fewer frames or leave the row out"
+                f"data.buckets[{number}]: none of the {len(frames)} samples goes to {t} frames of {h}x{w}; "
+                f"the longest has {int(available.max(initial=0))} frames at data.fps={fps}; ask for fewer or leave the row out"
             )
         buckets.append(Bucket(shape=row.shape, batch=row.batch, samples=samples))
     return buckets

@@ -1,7 +1,7 @@
 """Batches of clips in the exact order, decoded by worker processes.
 
-A worker is given (step, pass) pairs and returns whole micro-batches, so what a batch holds depends on neither the number
-of workers nor which one made it.
+A worker is given (step, pass) pairs and returns whole micro-batches, so what a batch holds depends on neither the
+number of workers nor which one made it.
 
 Shapes: B samples of a rank's micro-batch, T frames, H W pixels.
 """
@@ -233,7 +233,7 @@ class ClipLoader:
             DataLoader(
                 self._dataset,
                 batch_size=None,
-                sampler=pairs,  # type: ignore[arg-type]
+                sampler=pairs,
                 num_workers=self._workers,
                 prefetch_factor=4 if self._workers else None,
                 pin_memory=self._pin,

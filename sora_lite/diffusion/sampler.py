@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ def _times(x: Tensor, time: Tensor) -> Tensor:
 @torch.no_grad()
 def sample_euler(velocity: Velocity, x: Tensor, times: Tensor) -> Tensor:
     """Euler's method: first order, one call per step."""
-    for t, t_next in zip(times, times[1:], strict=False):
+    for t, t_next in pairwise(times):
         x = x + float(t_next - t) * velocity(x, _times(x, t))
     return x
 
@@ -26,7 +27,7 @@ def sample_euler(velocity: Velocity, x: Tensor, times: Tensor) -> Tensor:
 @torch.no_grad()
 def sample_heun(velocity: Velocity, x: Tensor, times: Tensor) -> Tensor:
     """Heun's method (Karras et al., arXiv 2206.00364, algorithm 1): second order, two calls per step."""
-    for t, t_next in zip(times, times[1:], strict=False):
+    for t, t_next in pairwise(times):
         h = float(t_next - t)
         slope = velocity(x, _times(x, t))
         slope_next = velocity(x + h * slope, _times(x, t_next))

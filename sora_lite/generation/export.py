@@ -1,9 +1,9 @@
 """Exported models: safetensors and the contract that says what they are. Inference reads nothing else.
 
-    EXPORT/
-      export.json          the contract: kind, architecture, step, and what the model expects around it
-      model.safetensors    weights in fp32
-      vae/                 (of a DiT) the export of the VAE that it was trained against
+EXPORT/
+  export.json          the contract: kind, architecture, step, and what the model expects around it
+  model.safetensors    weights in fp32
+  vae/                 (of a DiT) the export of the VAE that it was trained against
 """
 
 import hashlib

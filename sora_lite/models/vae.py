@@ -1,6 +1,6 @@
 """Spatiotemporal causal VAE: video to latent and back.
 
-Shapes: B batch, C latent channels, T H W frames and pixels, t h w latent frames and cells, with T = time_factor * (t-1) + 1.
+Shapes: B batch, C latent channels, T H W frames and pixels, t h w latent frames and cells; T = time_factor * (t-1) + 1.
 Pixels are floats in [-1, 1].
 """
 

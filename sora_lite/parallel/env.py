@@ -224,6 +224,11 @@ def init_rank(device: str = "auto", threads: int | None = None) -> Rank:
     )
 
 
+def local_device() -> torch.device:
+    """Where a single process computes: its GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _connect(place: Place, backend: str) -> None:
     """Make the default process group."""
     if place.world_size == 1:

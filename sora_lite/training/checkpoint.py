@@ -397,6 +397,12 @@ def load(
     Everything is verified before the first engine is touched. At the same layout the continuation is bit for bit that
     of the run that wrote it.
 
+    Args:
+        path: Directory of the checkpoint, as from `latest`.
+        engines: By the names that they were saved under.
+        emas: Averages to fill, by the same names; None or absent where none is wanted.
+        check: Called with the state before anything is loaded; it raises where this run must not go on from it.
+
     Returns:
         The checkpoint's state: `step`, `extra` as given to `save`, and `engines`.
 

@@ -28,7 +28,7 @@ class Means:
         entry[1] += weight
 
     def read(self) -> dict[str, float]:
-        """Weighted mean of each name over all ranks, and start anew. A collective. Names without weight are left out."""
+        """Weighted mean of each name over all ranks, then start anew. A collective. Names without weight drop out."""
         names = sorted(self._sums)
         totals = self._rank.sum(torch.tensor([self._sums[name] for name in names], dtype=torch.float64).view(-1, 2))
         self._sums.clear()
@@ -43,7 +43,7 @@ def count_flops(call: Callable[[], object]) -> int:
 
 
 def peak_flops(device: torch.device, configured_tflops: float | None) -> float:
-    """Peak FLOP/s of one device: as configured, else the data sheet of a known GPU, else a large matrix product's speed."""
+    """Peak FLOP/s of one device: as configured, else a known GPU's data sheet, else the speed of a matrix product."""
     if configured_tflops is not None:
         return configured_tflops * 1e12
     if device.type == "cuda":

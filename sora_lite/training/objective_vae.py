@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from sora_lite.config import VAEConfig, VAELossConfig
 from sora_lite.data.loader import ClipBatch

@@ -18,8 +18,8 @@ def read_record(run: Path) -> list[dict[str, Any]]:
 class Tracker:
     """Writes metrics of one run. Made on rank 0 only.
 
-    A run that goes on from step n first drops what a killed attempt had written of later steps, because they come again;
-    so steps in the record only ever rise.
+    A run that goes on from step n first drops what a killed attempt had written of later steps, because they come
+    again; so steps in the record only ever rise.
 
     Args:
         run: the run's folder.

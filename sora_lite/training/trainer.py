@@ -82,10 +82,13 @@ class Trainer:
         self.loader = make_loader(config, index, objective, rank)
         bucket = self.loader.order.buckets[0]
         micro = bucket.batch // rank.world_size // config.parallel.accumulation
-        held_out = {"shape": bucket.shape, "fps": config.data.fps, "rank": rank, "batch": micro}
+
+        def held_out(index: Index, count: int) -> HeldOut:
+            return HeldOut(index, count=count, shape=bucket.shape, fps=config.data.fps, rank=rank, batch=micro)
+
         validation = load_split(config.data, "validation", required=False)
-        self.validation = HeldOut(validation, count=config.run.validation_samples, **held_out)
-        self.statistics = HeldOut(index, count=STATISTICS_SAMPLES, **held_out)
+        self.validation = held_out(validation, config.run.validation_samples)
+        self.statistics = held_out(index, STATISTICS_SAMPLES)
         if config.parallel.activation_checkpointing:
             apply_activation_checkpointing(objective.module)
         self.engine = Engine(
@@ -162,7 +165,8 @@ class Trainer:
         if self.bad > 10 and self.bad * self.rank.world_size > limit * self.seen:
             raise UserError(
                 f"data.max_bad_fraction: {self.bad} damaged samples so far on rank {self.rank.rank}, more than "
-                f"{limit:.2%} (the last: {bad[-1].shard}, {bad[-1].reason}); run `sora-data verify {self.config.data.shards}`"
+                f"{limit:.2%} (the last: {bad[-1].shard}, {bad[-1].reason}); "
+                f"run `sora-data verify {self.config.data.shards}`"
             )
 
     # ------------------------------------------------------------------------------------------------ side jobs
@@ -267,8 +271,8 @@ class Trainer:
         ):
             if saved[key] != now[key]:
                 raise UserError(
-                    f"{path}: was made with {why}; {_difference(saved[key], now[key])}give run.name another name to start "
-                    "anew, or the old settings to go on"
+                    f"{path}: was made with {why}; {_difference(saved[key], now[key])}"
+                    "give run.name another name to start anew, or the old settings to go on"
                 )
 
     def _start_tracking(self) -> None:

@@ -4,6 +4,7 @@ They are forked from one server process that has imported torch and DeepSpeed on
 well under a second.
 """
 
+import gc
 import json
 import multiprocessing
 import os
@@ -65,6 +66,7 @@ def run_ranks(world_size: int, work: Callable[..., Any], folder: Path, *args: An
 def _rank_main(rank: int, world_size: int, port: int, work: Callable[..., Any], args: tuple, result: Path) -> None:
     from sora_lite.parallel.env import init_rank, shutdown
 
+    gc.freeze()  # DeepSpeed collects garbage while it makes an engine; all that was imported need not be looked at
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )

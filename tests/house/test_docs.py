@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 from project_tree import ROOT, name_of, project_files
 
+from data_tools.cli import VERBS as DATA_VERBS
 from data_tools.cli import main as sora_data
+from data_tools.config import parse
 from sora_lite import config as schema
 from sora_lite.cli import VERBS, main
 from sora_lite.cli.compose import compose_tree
 from sora_lite.errors import UserError
 
 DOCS = [path for path in project_files() if path.suffix == ".md"]
-DATA_VERBS = ("run", "verify", "digits")
 
 
 def code(path: Path) -> Iterator[str]:
@@ -94,19 +95,24 @@ def test_every_data_verb_explains_itself(verb: str) -> None:
     assert f"sora-data {verb}" in help_of(sora_data, verb)
 
 
+def settings(words: list[str]) -> list[str]:
+    """The `key=value` words of a command; three dots in a value stand for whatever a person has there."""
+    return [word.replace("...", "x") for word in words if re.fullmatch(r"[+~]?[\w.]+=[^…]+", word)]
+
+
 def test_documented_settings_exist() -> None:
-    """Every documented `sora-lite VERB key=value` composes; three dots stand for whatever a person has there."""
     seen, wrong = 0, []
-    for doc, words in [*commands("sora-lite"), *commands("sora_lite.cli")]:
+    for doc, words in [*commands("sora-lite"), *commands("sora_lite.cli"), *commands("sora-data")]:
         verb = words[1] if words[0] == "submit" and len(words) > 1 else words[0]
-        root = verb.replace("-", "_")
-        overrides = [word.replace("...", "x") for word in words[1:] if re.fullmatch(r"[+~]?[\w.]+=[^…]+", word)]
-        if root in schema.ROOTS and overrides:
-            seen += 1
-            try:
+        root, overrides = verb.replace("-", "_"), settings(words)
+        try:
+            if root in schema.ROOTS:
                 compose_tree(root, overrides)
-            except UserError as error:
-                wrong.append(f"{doc}: {error}")
+            elif verb in DATA_VERBS:
+                parse(DATA_VERBS[verb].settings, overrides)
+            seen += bool(overrides)
+        except UserError as error:
+            wrong.append(f"{doc}: {error}")
     assert seen
     assert not wrong
 

@@ -21,7 +21,7 @@ ALLOWED = {
     "sora_lite.training": {"errors", "config", "data", "models", "diffusion", "parallel", "generation", "evaluation"},
     "sora_lite.cli": {"errors", "config", "data", "models", "diffusion", "evaluation", "generation", "training"}
     | {"parallel"},
-    "data_tools": {"errors", "data", "cli"},
+    "data_tools": {"errors", "config", "data", "cli"},
 }
 
 # Library: the only files or rooms that may import it.
@@ -29,7 +29,7 @@ ONLY_IN = {
     "deepspeed": ("sora_lite.training.engine",),
     "wandb": ("sora_lite.training.tracking",),
     "hydra": ("sora_lite.config", "sora_lite.cli"),
-    "omegaconf": ("sora_lite.config", "sora_lite.cli", "data_tools"),
+    "omegaconf": ("sora_lite.config", "sora_lite.cli", "sora_lite.training.trainer", "data_tools"),
     "torch.distributed": ("sora_lite.parallel", "sora_lite.training", "sora_lite.cli"),
     "av": ("sora_lite.data.video",),
     "torch": ("sora_lite",),

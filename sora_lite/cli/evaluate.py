@@ -1,0 +1,157 @@
+"""`sora-lite evaluate`: does a generation show what was asked for? Judged by classifiers trained on real clips."""
+
+import itertools
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from sora_lite.cli.compose import configure
+from sora_lite.config import EvaluateConfig, SamplingConfig
+from sora_lite.data.index import Index
+from sora_lite.data.loader import ClipReader
+from sora_lite.errors import UserError
+from sora_lite.evaluation.judge import Judge, accuracy, nearest_distances, psnr_db, train_judge
+from sora_lite.generation.export import Contract, load_dit
+from sora_lite.generation.pipeline import Pipeline, Request, to_float, to_uint8
+from sora_lite.models.vae import CausalVAE
+from sora_lite.parallel.env import local_device
+
+
+class LabelledClips:
+    """Clips of one split, decoded at the model's size, with their attributes.
+
+    clips: uint8 N T H W 3. values: attribute -> one text per clip. requests: what makes a model show the like.
+    """
+
+    def __init__(self, shards: Path, split: str, attributes: list[str], contract: Contract) -> None:
+        index = Index.load(shards, split)
+        reader = ClipReader(index, fps=contract.fps or None, cache_bytes=0)
+        shape = (contract.clip[0], contract.clip[1], contract.clip[2])
+        clips, self.requests = [], []
+        self.values: dict[str, list[str]] = {name: [] for name in attributes}
+        for sample in tqdm(range(len(index)), desc=f"reading {split}", unit="clip", mininterval=1):
+            clip, extra = reader.read(sample, shape), reader.meta(sample).get("extra") or {}
+            for name in attributes:
+                if name not in extra:
+                    known = ", ".join(sorted(extra)) or "none"
+                    raise UserError(f"attributes: clip {index.keys[sample]} has no {name!r} (it has: {known})")
+                self.values[name].append(str(extra[name]))
+            clips.append(clip.frames)
+            self.requests.append(Request(prompt=clip.captions[0] if clip.captions else "", label=clip.label))
+        if not clips:
+            raise UserError(f"shards: {shards} has no {split} clips; pack with a larger validation_fraction")
+        self.clips = np.stack(clips)
+
+    def targets(self, name: str, classes: list[str]) -> np.ndarray:
+        """The attribute as class numbers."""
+        return np.array([classes.index(value) for value in self.values[name]])
+
+
+def main(verb: str, argv: list[str]) -> None:
+    """Evaluate, print the figures and write them as JSON."""
+    config: EvaluateConfig = configure(verb, argv)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    figures = evaluate(config)
+    out = Path(config.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_suffix(".tmp")
+    temporary.write_text(json.dumps(figures, indent=2) + "\n")
+    temporary.replace(out)
+    for name, value in figures.items():
+        print(f"{name:<44}{value:>12.4f}" if isinstance(value, float) else f"{name:<44}{value!s:>12}")
+    print(f"written to {out}")
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """All figures. Accuracies are fractions of clips, distances root mean squares of pixels in [0, 1]."""
+    dit, vae, contract = load_dit(Path(config.model))
+    shards = Path(config.shards)
+    train = LabelledClips(shards, "train", config.attributes, contract)
+    held_out = LabelledClips(shards, "validation", config.attributes, contract)
+    classes = {name: sorted(set(train.values[name]) | set(held_out.values[name])) for name in config.attributes}
+    figures: dict[str, Any] = {"model_step": contract.step}
+    judges: dict[str, Judge] = {}
+    for name in config.attributes:
+        judges[name] = train_judge(
+            train.clips, train.targets(name, classes[name]), len(classes[name]), steps=config.judge_steps, name=name
+        )
+        figures[f"classifier_{name}_accuracy"] = accuracy(
+            judges[name], held_out.clips, held_out.targets(name, classes[name])
+        )
+    figures |= _reconstructions(vae, held_out, judges, classes, config.clips)
+
+    requests, wanted = _spread(held_out, config.attributes, config.count)
+    pipeline = Pipeline(dit, vae, local_device())
+    clip = (contract.clip[0], contract.clip[1], contract.clip[2])
+    for prefix, guidance in (("", config.sampling.guidance), ("unguided_", 1.0)):
+        sampling = SamplingConfig(
+            sampler=config.sampling.sampler,
+            steps=config.sampling.steps,
+            guidance=guidance,
+            shift=config.sampling.shift,
+            seed=config.sampling.seed,
+            batch=config.sampling.batch,
+        )
+        made = pipeline.generate(requests, clip=clip, sampling=sampling)
+        clips = np.stack(_progress(made, len(requests), f"generating, guidance {guidance:g}"))
+        for name in config.attributes:
+            targets = np.array([classes[name].index(values[name]) for values in wanted])
+            figures[f"{prefix}{name}_accuracy"] = accuracy(judges[name], clips, targets)
+        if not prefix:
+            figures |= _memorised(clips, train.clips, held_out.clips[: len(clips)])
+    figures |= {"generations": len(requests), "guidance": config.sampling.guidance, "steps": config.sampling.steps}
+    return figures
+
+
+def _progress(made: Iterable[torch.Tensor], total: int, what: str) -> list[np.ndarray]:
+    return [video.numpy() for video in tqdm(made, total=total, desc=what, unit="clip")]
+
+
+def _spread(clips: LabelledClips, attributes: list[str], count: int) -> tuple[list[Request], list[dict[str, str]]]:
+    """`count` requests taken from real clips, all combinations of the attributes alike, and what each asks for."""
+    by_values: dict[tuple[str, ...], list[Request]] = defaultdict(list)
+    for i, request in enumerate(clips.requests):
+        by_values[tuple(clips.values[name][i] for name in attributes)].append(request)
+    combinations = sorted(by_values)
+    chosen = list(itertools.islice(itertools.cycle(combinations), count))
+    return [by_values[one][0] for one in chosen], [dict(zip(attributes, one, strict=True)) for one in chosen]
+
+
+@torch.no_grad()
+def _reconstructions(
+    vae: CausalVAE, held_out: LabelledClips, judges: dict[str, Judge], classes: dict[str, list[str]], count: int
+) -> dict[str, Any]:
+    """What the VAE alone keeps of held-out clips: the upper bound for any generation."""
+    real = held_out.clips[:count]
+    decoded = []
+    for start in range(0, len(real), 50):
+        video = to_float(torch.from_numpy(real[start : start + 50]).permute(0, 4, 1, 2, 3))
+        decoded.append(to_uint8(vae.decode(vae.encode(video).mean)).permute(0, 2, 3, 4, 1).numpy())
+    clips = np.concatenate(decoded)
+    _, frames, height, width, channels = clips.shape
+    figures: dict[str, Any] = {
+        f"reconstruction_{name}_accuracy": accuracy(judge, clips, held_out.targets(name, classes[name])[:count])
+        for name, judge in judges.items()
+    }
+    pixels = channels * frames * height * width
+    figures["vae_psnr_db"] = float(psnr_db(real, clips).mean())
+    figures["vae_compression"] = pixels / float(np.prod(vae.latent_shape(frames, height, width)))
+    return figures
+
+
+def _memorised(clips: np.ndarray, train: np.ndarray, held_out: np.ndarray) -> dict[str, float]:
+    """Distances to the nearest training clip, of generations and of as many real held-out clips for comparison."""
+    generated, real = nearest_distances(clips, train).distance, nearest_distances(held_out, train).distance
+    return {
+        "nearest_training_distance_median": float(np.median(generated)),
+        "nearest_training_distance_min": float(generated.min()),
+        "held_out_nearest_training_distance_median": float(np.median(real)),
+        "held_out_nearest_training_distance_min": float(real.min()),
+    }

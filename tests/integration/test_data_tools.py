@@ -1,0 +1,426 @@
+"""`sora-data` as a user calls it: real files in, shards out, whatever happens on the way."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import psutil
+import pytest
+import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from data_tools.cli import main
+from data_tools.config import PrepareConfig
+from data_tools.probe import Probed
+from data_tools.split import frames_at_rate, held_out, tile
+from sora_lite.data.index import Index
+from sora_lite.data.shards import Manifest, ShardReader
+from sora_lite.data.video import VideoFacts, decode_clip, encode_mp4, write_mp4
+
+GREY = 4
+"""Levels of grey between one frame and the next of a stamped video."""
+
+
+def stamped(frames: int, height: int = 32, width: int = 48) -> np.ndarray:
+    levels = (np.arange(frames) * GREY % 256).astype(np.uint8)[:, None, None, None]
+    return np.ascontiguousarray(np.broadcast_to(levels, (frames, height, width, 3)))
+
+
+def numbers(clip: np.ndarray) -> list[int]:
+    return [round(float(frame.mean()) / GREY) for frame in clip]
+
+
+def noise(seed: int, frames: int = 17) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 255, (frames, 64, 64, 3), dtype=np.uint8)
+
+
+def audio_only() -> bytes:
+    out = io.BytesIO()
+    with av.open(out, "w", format="mp4") as muxer:
+        stream = muxer.add_stream("aac", rate=16_000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate, frame.pts = 16_000, 0
+        muxer.mux(stream.encode(frame))
+        muxer.mux(stream.encode())
+    return out.getvalue()
+
+
+def header_last(frames: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    with av.open(out, "w", format="mp4") as muxer:
+        stream = muxer.add_stream("libx264", rate=8)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        for rgb in frames:
+            muxer.mux(stream.encode(av.VideoFrame.from_ndarray(rgb, format="rgb24")))
+        muxer.mux(stream.encode())
+    return out.getvalue()
+
+
+BAD = {
+    "empty.mp4": (lambda: b"", "empty"),
+    "text.mp4": (lambda: b"dear reader,\nthis is a letter\n" * 30, "not a video"),
+    "audio.mp4": (audio_only, "no video stream"),
+    "no_header.mp4": (lambda: header_last(noise(1))[:-1500], "header"),
+    "cut.mp4": (lambda: encode_mp4(noise(2), 8, 18)[:20_000], "cut off"),
+    "playlist.mp4": (
+        lambda: b"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n/etc/passwd\n#EXT-X-ENDLIST\n",
+        "not a video",
+    ),
+}
+
+
+def sora_data(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def samples_of(folder: Path, split: str) -> dict[str, tuple[np.ndarray, dict]]:
+    """key -> (frames, meta), read as the loader reads them."""
+    index, samples = Index.load(folder, split), {}
+    for i in range(len(index)):
+        with ShardReader(index.shard_paths[index.shard[i]]) as reader:
+            media = reader.read(int(index.media_offset[i]), int(index.media_size[i]), int(index.crc32c[i]))
+            meta = json.loads(
+                reader.read(int(index.json_offset[i]), int(index.json_size[i]), int(index.json_crc32c[i]))
+            )
+        samples[str(index.keys[i])] = decode_clip(media, frames=int(index.frames[i])), meta
+    return samples
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.fixture
+def videos(tmp_path: Path) -> Path:
+    """Good files of several kinds, the bad ones, and a metadata.jsonl."""
+    folder = tmp_path / "videos"
+    (folder / "sub folder").mkdir(parents=True)
+    write_mp4(folder / "short.mp4", stamped(20), 8)
+    write_mp4(folder / "sub folder" / "long é.mp4", stamped(50), Fraction(30000, 1001))
+    write_mp4(folder / "tiny.mp4", stamped(5), 8)
+    shutil.copy(folder / "short.mp4", folder / "twin.mp4")
+    Image.fromarray(stamped(11, 40, 51)[10]).save(folder / "still.png")
+    for name, (make, _) in BAD.items():
+        (folder / name).write_bytes(make())
+    (folder / "notes.txt").write_text("not looked at")
+    rows = [
+        {"file_name": "short.mp4", "caption": "grey grows", "label": 3, "colour": "grey"},
+        {"file_name": "sub folder/long é.mp4", "captions": ["one", "two"], "group": "g"},
+    ]
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------- whole
+
+
+def test_good_files_are_packed_exactly_and_bad_ones_named(
+    videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    shards = tmp_path / "shards"
+    options = ("clip_frames=20", "min_frames=9", "validation_fraction=0", "workers=0", "crf=8", "licence=CC0")
+    assert sora_data("run", videos, shards, *options) == 0
+    report = json.loads((shards / "report.json").read_text())
+    excluded = {item["file"]: (item["kind"], item["reason"]) for item in report["excluded"]}
+    printed = capsys.readouterr().out
+    for name, (_, reason) in BAD.items():
+        assert excluded[name][0] == "bad" and reason in excluded[name][1]
+        assert name in printed
+    assert excluded["tiny.mp4"][0] == "unusable" and "too short: 5 frames" in excluded["tiny.mp4"][1]
+    assert excluded["twin.mp4"] == ("duplicate", "has the same bytes as short.mp4")
+    counts = report["counts"]
+    assert (counts["sources_found"], counts["sources_packed"], counts["sources_bad"]) == (11, 3, 6)
+    assert (counts["clips"], counts["frames"], counts["frames_dropped"]) == (5, 71, 0)
+
+    samples = samples_of(shards, "train")
+    clips = {(meta["source"]["id"], meta["start_pts"]): (numbers(clip), meta) for clip, meta in samples.values()}
+    long = sorted((start, frames) for (name, start), (frames, _) in clips.items() if "long" in name)
+    assert [frames for _, frames in long] == [list(range(20)), list(range(20, 40)), list(range(40, 50))]
+    assert clips["short.mp4", 0][0] == list(range(20)) and clips["still.png", 0][0] == [10]
+    meta = clips["short.mp4", 0][1]
+    assert (meta["captions"], meta["label"], meta["extra"]) == (["grey grows"], 3, {"colour": "grey"})
+    assert (meta["fps"], meta["frames"], meta["source"]["licence"]) == (8.0, 20, "CC0")
+    assert clips["sub folder/long é.mp4", 0][1]["captions"] == ["one", "two"]
+    assert clips["sub folder/long é.mp4", 0][1]["fps"] == pytest.approx(30000 / 1001)
+    assert all(
+        key == f"{m['source']['sha256'][:16]}_{m['start_pts']}_{m['end_pts']}" for key, (_, m) in samples.items()
+    )
+
+    stock = list(webdataset.WebDataset(str(shards / "train-000000.tar"), shardshuffle=False))
+    assert {sample["__key__"] for sample in stock} == samples.keys()
+    assert sora_data("verify", shards, "workers=0") == 0
+
+
+def test_rate_and_size_on_request(videos: Path, tmp_path: Path) -> None:
+    assert sora_data("run", videos, tmp_path / "s", "fps=4", "min_frames=6", "max_side=24", "workers=0", "crf=8") == 0
+    clips = [*samples_of(tmp_path / "s", "train").values(), *samples_of(tmp_path / "s", "validation").values()]
+    by_name = {meta["source"]["id"]: (clip, meta) for clip, meta in clips}
+    clip, meta = by_name["short.mp4"]
+    assert numbers(clip) == list(range(0, 20, 2)) and (meta["fps"], clip.shape[1:3]) == (4.0, (16, 24))
+    clip, _ = by_name["sub folder/long é.mp4"]
+    assert numbers(clip) == [int(i * 30000 / 1001 / 4) for i in range(7)]
+
+
+@pytest.mark.parametrize(("container", "codec"), [("mp4", "libx264"), ("matroska", "libx265"), ("mpegts", "libx264")])
+def test_long_videos_are_read_in_stretches_and_stay_exact(container: str, codec: str, tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    path = tmp_path / "videos" / f"long.{'ts' if container == 'mpegts' else 'mp4'}"
+    with av.open(str(path), "w", format=container) as muxer:
+        parameters = {f"{codec[3:]}-params": "keyint=30:open-gop=1" + ":log-level=none" * (codec == "libx265")}
+        stream = muxer.add_stream(codec, rate=25, options={"crf": "8", **parameters})
+        stream.height, stream.width, stream.pix_fmt = 64, 64, "yuv420p"
+        for rgb in stamped(203, 64, 64):
+            muxer.mux(stream.encode(av.VideoFrame.from_ndarray(rgb, format="rgb24")))
+        muxer.mux(stream.encode())
+    options = "clip_frames=5", "min_frames=4", "validation_fraction=0", "workers=0", "crf=8", "preset=ultrafast"
+    assert sora_data("run", tmp_path / "videos", tmp_path / "s", *options) == 0
+    report = json.loads((tmp_path / "s" / "report.json").read_text())
+    assert (report["counts"]["clips"], report["counts"]["frames_dropped"]) == (40, 3)
+    samples = samples_of(tmp_path / "s", "train").values()
+    shown = [numbers(clip) for clip, meta in sorted(samples, key=lambda sample: sample[1]["start_pts"])]
+    assert [n for clip in shown for n in clip] == [n % (256 // GREY) for n in range(200)]
+
+
+def test_a_second_run_does_nothing_and_other_settings_or_videos_are_refused(
+    videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = ("run", videos, tmp_path / "s", "workers=0")
+    assert sora_data(*run) == 0
+    before = files_of(tmp_path / "s")
+    assert sora_data(*run) == 0 and "nothing to do" in capsys.readouterr().out
+    assert files_of(tmp_path / "s") == before
+    for arguments, words in [
+        ((*run, "crf=30"), "other settings"),
+        ((*run, "clip_frame=9"), "nearest is clip_frames"),
+        ((*run, "crf=best"), "crf"),
+        ((*run, "preset=turbo"), "preset"),
+        (("run", tmp_path / "nowhere", tmp_path / "t"), "no such folder"),
+        (("verify", tmp_path / "t"), "manifest.json"),
+    ]:
+        assert sora_data(*arguments) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: ") and words in error
+    write_mp4(videos / "new.mp4", stamped(30), 8)
+    assert sora_data(*run) == 2 and "other videos" in capsys.readouterr().err
+
+
+def test_nothing_usable_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "text.mp4").write_text("no video")
+    assert sora_data("run", tmp_path / "videos", tmp_path / "s", "workers=0") == 2
+    assert "text.mp4: not a video" in capsys.readouterr().err
+    assert json.loads((tmp_path / "s" / "report.json").read_text())["counts"]["sources_bad"] == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"file_name": "a.mp4"', "line 2"),
+        ('{"file_name": "gone.mp4"}', "does not exist"),
+        ('{"file_name": "../videos/a.mp4", "label": "cat"}', "label must be an integer"),
+        ('{"file_name": "../../etc/passwd"}', "leads out of"),
+        ('{"file_name": "a.mp4", "caption": 5}', "caption must be a text"),
+        ('{"file_name": "b.mp4"}', "earlier line"),
+        ('["a.mp4"]', "file_name"),
+    ],
+)
+def test_mistakes_in_metadata_are_named_by_line(
+    line: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "videos").mkdir()
+    for name in ("a.mp4", "b.mp4"):
+        write_mp4(tmp_path / "videos" / name, stamped(17), 8)
+    (tmp_path / "videos" / "metadata.jsonl").write_text('{"file_name": "b.mp4"}\n' + line + "\n")
+    assert sora_data("run", tmp_path / "videos", tmp_path / "s", "workers=0") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "metadata.jsonl, line 2" in error and words in error
+
+
+def test_groups_stay_on_one_side(tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    rows = []
+    for i in range(24):
+        write_mp4(tmp_path / "videos" / f"{i}.mp4", noise(i, frames=2), 8, crf=40)
+        rows.append(json.dumps({"file_name": f"{i}.mp4", "group": f"g{i // 3}"}))
+    (tmp_path / "videos" / "metadata.jsonl").write_text("\n".join(rows))
+    sets = "run", tmp_path / "videos", tmp_path / "s", "min_frames=2", "validation_fraction=0.3", "workers=0"
+    assert sora_data(*sets) == 0
+    train = {meta["group"] for _, meta in samples_of(tmp_path / "s", "train").values()}
+    held = {meta["group"] for _, meta in samples_of(tmp_path / "s", "validation").values()}
+    assert train and held and not train & held and len(train | held) == 8
+
+
+# ------------------------------------------------------------------------------------------------ interruptions
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
+    """Videos that fill several shards of 1 MiB, and the files that an undisturbed run makes of them."""
+    folder = tmp_path_factory.mktemp("many")
+    (folder / "videos").mkdir()
+    for i in range(12):
+        write_mp4(folder / "videos" / f"{i}.mp4", noise(i, frames=34), 8, crf=10)
+    assert sora_data(*many_run(folder / "videos", folder / "shards"), "workers=0") == 0
+    assert len(Manifest.load(folder / "shards").shards) >= 4
+    return folder / "videos", files_of(folder / "shards")
+
+
+def many_run(videos: Path, shards: Path) -> tuple[object, ...]:
+    return (
+        "run",
+        videos,
+        shards,
+        "shard_mb=1",
+        "clip_frames=17",
+        "validation_fraction=0.2",
+        "crf=10",
+        "preset=ultrafast",
+    )
+
+
+def start(*arguments: object) -> subprocess.Popen:
+    command = [sys.executable, "-m", "data_tools", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def test_workers_do_not_change_a_byte(many: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
+    videos, expected = many
+    assert sora_data(*many_run(videos, tmp_path / "s"), "workers=2") == 0
+    assert files_of(tmp_path / "s") == expected
+
+
+def test_kill_9_at_any_time_does_not_change_a_byte(many: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
+    videos, expected = many
+    shards = tmp_path / "s"
+
+    def committed() -> int:
+        return len(json.loads((shards / "manifest.json").read_text())["shards"])
+
+    for state in ("probing", "packing", "one shard", "three shards"):
+        job = start(*many_run(videos, shards), "workers=0")
+        reached = {
+            "probing": lambda: (shards / ".work" / "probe.jsonl").exists(),
+            "packing": lambda: any(shards.glob("*.tar.partial")),
+            "one shard": lambda: committed() >= 1,
+            "three shards": lambda: committed() >= 3,
+        }[state]
+        while not reached() and job.poll() is None:
+            time.sleep(0.002)
+        job.kill()
+        job.wait()
+    assert 3 <= committed() < len(json.loads(expected["manifest.json"])["shards"]), "killed too late to show anything"
+    kept = {path: path.stat().st_mtime_ns for path in shards.glob("*.tar") if committed()}
+    assert sora_data(*many_run(videos, shards), "workers=0") == 0
+    assert files_of(shards) == expected
+    assert sum(path.stat().st_mtime_ns == then for path, then in kept.items()) >= 3, "committed shards were rewritten"
+
+
+def test_a_killed_parent_leaves_no_workers_and_a_second_run_is_kept_out(
+    many: tuple[Path, dict[str, bytes]], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    videos, expected = many
+    job = start(*many_run(videos, tmp_path / "s"), "workers=2")
+    while not any((tmp_path / "s").glob("*.tar.partial")):
+        assert job.poll() is None
+        time.sleep(0.01)
+    workers = psutil.Process(job.pid).children(recursive=True)
+    assert sora_data(*many_run(videos, tmp_path / "s"), "workers=0") == 2
+    assert "another sora-data" in capsys.readouterr().err
+    os.kill(job.pid, 9)
+    job.wait()
+    assert psutil.wait_procs(workers, timeout=10)[1] == []
+    assert sora_data(*many_run(videos, tmp_path / "s"), "workers=0") == 0
+    assert files_of(tmp_path / "s") == expected
+
+
+def test_verify_finds_any_flipped_byte(many: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
+    _, expected = many
+    rng = np.random.default_rng(0)
+    names = sorted(name for name in expected if name.endswith((".tar", ".parquet")))
+    for name, content in expected.items():
+        (tmp_path / name).write_bytes(content)
+    assert sora_data("verify", tmp_path, "workers=0") == 0
+    for name in (names[0], names[1], names[-1], names[-2]):
+        bad = bytearray(expected[name])
+        bad[rng.integers(0, len(bad))] ^= 1 << int(rng.integers(0, 8))
+        (tmp_path / name).write_bytes(bad)
+        assert sora_data("verify", tmp_path, "workers=0") == 2
+        (tmp_path / name).write_bytes(expected[name])
+
+
+# ------------------------------------------------------------------------------------------------------ arithmetic
+
+
+def facts_of(pts: np.ndarray, rate: Fraction, time_base: Fraction) -> VideoFacts:
+    return VideoFacts(
+        container="mov",
+        codec="h264",
+        width=64,
+        height=48,
+        sar=Fraction(4, 3),
+        rotation=90,
+        time_base=time_base,
+        average_rate=rate,
+        pts=pts.astype(np.int64),
+    )
+
+
+RATES = st.sampled_from(
+    [Fraction(24000, 1001), Fraction(24), Fraction(25), Fraction(30000, 1001), Fraction(60), Fraction(8)]
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(frames=st.integers(1, 3000), rate=RATES, fps=RATES, start=st.integers(-900, 900))
+def test_constant_rate_is_exact_even_where_times_are_rounded_to_milliseconds(
+    frames: int, rate: Fraction, fps: Fraction, start: int
+) -> None:
+    pts = np.array([start + round(i * 1000 / rate) for i in range(frames)])
+    picks = frames_at_rate(facts_of(pts, rate, Fraction(1, 1000)), fps)
+    assert picks.tolist() == [i * rate / fps // 1 for i in range(len(picks))]
+    assert picks[-1] <= frames - 1 < len(picks) * rate / fps
+    if rate == fps:
+        assert picks.tolist() == list(range(frames))
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps=st.lists(st.integers(1, 4000), min_size=1, max_size=60), fps=RATES)
+def test_variable_rate_shows_the_last_frame_before_each_time(steps: list[int], fps: Fraction) -> None:
+    pts = np.cumsum([100, *steps])
+    rate = Fraction(1000 * len(steps), sum(steps))
+    facts = facts_of(pts, rate, Fraction(1, 1000))
+    if np.abs(pts - 100 - np.arange(len(pts)) * 1000 / float(rate)).max() > max(1, 250 / float(rate)):
+        picks = frames_at_rate(facts, fps)
+        assert picks.tolist() == [
+            max(k for k, p in enumerate(pts) if p <= 100 + i * 1000 / fps) for i in range(len(picks))
+        ]
+    again = Probed.from_row(json.loads(json.dumps(Probed(sha256="ab", facts=facts).to_row()))).facts
+    assert again is not None and again.pts.tolist() == pts.tolist() and again.average_rate == rate
+
+
+def test_tiles_are_gapless_and_the_rest_is_counted() -> None:
+    facts = facts_of(np.arange(100), Fraction(8), Fraction(1, 8))
+    tiling = tile(facts, PrepareConfig(clip_frames=30, min_frames=9))
+    assert tiling.bounds.tolist() == [0, 30, 60, 90, 100] and tiling.dropped == 0
+    tiling = tile(facts, PrepareConfig(clip_frames=30, min_frames=17, max_side=40))
+    assert tiling.bounds.tolist() == [0, 30, 60, 90] and tiling.dropped == 10
+    assert tiling.size == (22, 40)  # 64 * 4/3 wide, scaled to 40, and even
+    assert tile(facts, PrepareConfig(clip_seconds=4)).bounds.tolist()[:2] == [0, 32]
+
+
+def test_held_out_share() -> None:
+    groups = {f"g{i}" for i in range(2000)}
+    assert 150 < len(held_out(groups, 0.1)) < 250
+    assert held_out(groups, 0.1) <= held_out(groups, 0.2)
+    assert held_out(groups, 0) == set() and held_out({"a"}, 0.5) == set()
+    assert len(held_out({"a", "b", "c"}, 0.001)) == 1 and len(held_out({"a", "b"}, 0.999)) == 1

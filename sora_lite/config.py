@@ -325,7 +325,7 @@ class TrainConfig(BaseTrainConfig):
     """`sora-lite train`: train the video DiT."""
 
     vae_from: str = MISSING
-    """The trained VAE: a run folder of train-vae, or an export made from one."""
+    """The trained VAE: an export (`sora-lite export`), or a run folder that holds one."""
     model: DiTConfig = field(default_factory=DiTConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
 
@@ -352,8 +352,8 @@ class SamplingConfig:
 class GenerateConfig:
     """`sora-lite generate`: make clips from an exported model."""
 
-    model: str = MISSING
-    """Folder of an exported model (`sora-lite export`)."""
+    model_from: str = MISSING
+    """The trained DiT: an export (`sora-lite export`), or a run folder that holds one."""
     out: str = "generations"
     """Folder for clips, contact sheet and page."""
     prompts: list[str] = field(default_factory=list)
@@ -393,8 +393,8 @@ class ExportConfig:
 class EvaluateConfig:
     """`sora-lite evaluate`: measure a model of a labelled data set with classifiers trained on real clips."""
 
-    model: str = MISSING
-    """Folder of an exported model."""
+    model_from: str = MISSING
+    """The trained DiT: an export (`sora-lite export`), or a run folder that holds one."""
     shards: str = MISSING
     """Shards whose clips carry the attributes below; train clips train the judge, held-out clips test it."""
     out: str = MISSING

@@ -14,7 +14,7 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from sora_lite import config as schema
 from sora_lite.errors import UserError
@@ -77,18 +77,21 @@ def _explain(error: Exception, root: str) -> str:
     while cause is not None and cause not in chain:
         chain.append(cause)
         cause = cause.__cause__
+    # A row of a list knows nothing of the list: the outermost message names that.
+    override = re.search(r"override '?([\w.]+)", str(error))
     for link in chain:
         text = str(link)
-        if match := re.search(r"Key '([^']+)' (?:is )?not in (?:struct|'\w+')", text):
-            full = re.search(r"full_key: (\S+)", text)
-            return _unknown_key(full.group(1) if full else match.group(1), root)
-        if "full_key:" in text and (
-            "could not be converted" in text or "Incompatible value" in text or "Invalid" in text
-        ):
-            key = re.search(r"full_key: (\S+)", text)
-            return (
-                f"{key.group(1) if key else ''}: {text.splitlines()[0]}{_expected(key.group(1) if key else '', root)}"
-            )
+        if not (named := re.search(r"full_key: (\S+)", text)):
+            continue
+        key = named.group(1)
+        if override and isinstance(getattr(link, "object_type", None), type) and "." not in key:
+            in_row = link.object_type not in schema.ROOTS.values()  # type: ignore[attr-defined]
+            key = f"{override.group(1)}.{key}" if in_row else key
+        if re.match(r"Key '[^']+' (is )?not in", text):
+            return _unknown_key(key, root)
+        if isinstance(link, ValidationError):
+            message = text.splitlines()[0]
+            return f"{key}: {message}{'' if 'expected' in message else _expected(key, root)}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     message = lines[0] if lines else type(error).__name__
     if match := re.search(r"Could not override '([^']+)'", message):

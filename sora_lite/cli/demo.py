@@ -76,7 +76,7 @@ def stages(config: DemoConfig) -> list[tuple[str, list[str], Path | None]]:
             [
                 *lite,
                 "generate",
-                f"model={run}",
+                f"model_from={run}",
                 f"run={run}",
                 f"shards={data / 'shards'}",
                 f"out={run / 'generations'}",
@@ -88,7 +88,7 @@ def stages(config: DemoConfig) -> list[tuple[str, list[str], Path | None]]:
         ),
         (
             "evaluate",
-            [*lite, "evaluate", f"model={run}", f"shards={data / 'shards'}", f"out={run / 'evaluation.json'}", threads],
+            [*lite, "evaluate", f"model_from={run}", f"shards={data / 'shards'}", f"out={run / 'evaluation.json'}", threads],
             run / "evaluation.json",
         ),
     ]

@@ -71,7 +71,7 @@ def main(verb: str, argv: list[str]) -> None:
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """All figures. Accuracies are fractions of clips, distances root mean squares of pixels in [0, 1]."""
-    dit, vae, contract = load_dit(Path(config.model))
+    dit, vae, contract = load_dit(Path(config.model_from))
     shards = Path(config.shards)
     train = LabelledClips(shards, "train", config.attributes, contract)
     held_out = LabelledClips(shards, "validation", config.attributes, contract)

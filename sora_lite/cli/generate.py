@@ -27,7 +27,7 @@ def main(verb: str, argv: list[str]) -> None:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     requests = make_requests(config.prompts, config.labels, config.count)
-    dit, vae, contract = load_dit(Path(config.model))
+    dit, vae, contract = load_dit(Path(config.model_from))
     pipeline = Pipeline(dit, vae, local_device())
     clip = clip_size(config, contract)
     generations = pipeline.generate(requests, clip=clip, sampling=config.sampling)

@@ -24,7 +24,7 @@ SAMPLERS = {Sampler.euler: sample_euler, Sampler.heun: sample_heun}
 
 def seeded_normal(shape: Sequence[int], seeds: Sequence[int], device: torch.device) -> Tensor:
     """One standard normal tensor of `shape` per seed: B *shape. Drawn on the CPU, so alike on every device."""
-    draws = [torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    draws = [torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(draws).to(device)
 
 

@@ -21,7 +21,7 @@ GIVEN = {
     "data.shards": "shards",
     "shards": "shards",
     "vae_from": "runs/vae",
-    "model": "runs/trial/export",
+    "model_from": "runs/trial/export",
     "out": "out",
 }
 """What only a person can say, by key."""

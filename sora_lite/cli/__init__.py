@@ -1,5 +1,6 @@
 """The front door: `sora-lite VERB`. One thin module per verb, imported only when it is called."""
 
+import difflib
 import importlib
 import sys
 from collections.abc import Callable
@@ -17,7 +18,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "inspect": ("inspect", "parameters and FLOPs of a model, without building it"),
     "submit": ("submit", "submit a training job to Slurm"),
 }
-"""Verb: (module of `sora_lite.cli`, one line of help). A module has `main(verb, argv)`."""
+"""Verb: (module of `sora_lite.cli`, one line of help). A module has `main(config)`; that of `submit`, which
+has no configuration of its own, has `main(verb, argv)`."""
 
 
 def run_verb(action: Callable[[], object]) -> int:
@@ -49,11 +51,13 @@ def main(argv: list[str] | None = None) -> int:
     def call() -> None:
         verb = argv[0]
         if verb not in VERBS:
-            import difflib
-
             near = difflib.get_close_matches(verb, VERBS, n=1)
             cure = f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}"
             raise UserError(f"{verb}: no such verb; {cure}")
-        importlib.import_module(f"sora_lite.cli.{VERBS[verb][0]}").main(verb, argv[1:])
+        from sora_lite.cli.compose import ROOTS, configure
+
+        # Before the verb's module, whose torch takes seconds to import: help and typing errors need none of it.
+        arguments = [configure(verb, argv[1:])] if verb.replace("-", "_") in ROOTS else [verb, argv[1:]]
+        importlib.import_module(f"sora_lite.cli.{VERBS[verb][0]}").main(*arguments)
 
     return run_verb(call)

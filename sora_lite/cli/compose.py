@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from sora_lite import config as schema
+from sora_lite.config import ROOTS
 from sora_lite.errors import UserError
 
 
@@ -53,9 +54,13 @@ def compose_tree(root: str, overrides: list[str]) -> DictConfig:
     """As `compose`, but the tree itself, where values may still be missing."""
     schema.register()
     GlobalHydra.instance().clear()
+    # Hydra takes KEY=VALUE for a choice wherever conf/KEY/ exists, also where this root has a plain field of that name.
+    names = {field.name for field in fields(ROOTS[root])} - set(groups(root))
+    plain = [one for one in overrides if (key := one.partition("=")[0]) in names and (assets("conf") / key).is_dir()]
     try:
         with hydra.initialize_config_dir(str(assets("conf")), version_base="1.3"):
-            tree = hydra.compose(root, overrides)
+            tree = hydra.compose(root, [one for one in overrides if one not in plain])
+            tree.merge_with_dotlist(plain)
             OmegaConf.resolve(tree)
             return tree
     except (HydraException, OmegaConfBaseException) as error:
@@ -85,7 +90,7 @@ def _explain(error: Exception, root: str) -> str:
             continue
         key = named.group(1)
         if override and isinstance(getattr(link, "object_type", None), type) and "." not in key:
-            in_row = link.object_type not in schema.ROOTS.values()  # type: ignore[attr-defined]
+            in_row = link.object_type not in ROOTS.values()  # type: ignore[attr-defined]
             key = f"{override.group(1)}.{key}" if in_row else key
         if re.match(r"Key '[^']+' (is )?not in", text):
             return _unknown_key(key, root)
@@ -106,7 +111,7 @@ def _explain(error: Exception, root: str) -> str:
 
 def _unknown_key(key: str, root: str) -> str:
     key = re.sub(r"\[\d+\]", "", key)
-    names = [name for name, _ in leaves(schema.ROOTS[root])] + groups(root)
+    names = [name for name, _ in leaves(ROOTS[root])] + groups(root)
     return f"{key}: no such key; {_nearest(key, names)}"
 
 
@@ -118,7 +123,7 @@ def _nearest(word: str, known: list[str]) -> str:
 
 
 def _expected(key: str, root: str) -> str:
-    for name, kind in leaves(schema.ROOTS[root]):
+    for name, kind in leaves(ROOTS[root]):
         if name == key:
             if isinstance(kind, type) and issubclass(kind, Enum):
                 return f" (expected one of {', '.join(member.name for member in kind)})"
@@ -131,7 +136,7 @@ def _expected(key: str, root: str) -> str:
 
 def groups(root: str) -> list[str]:
     """Config groups of a root, such as `model`: keys of the root for which `conf/` has choices."""
-    names = [field.name for field in fields(schema.ROOTS[root])] + ["experiment"]
+    names = [field.name for field in fields(ROOTS[root])] + ["experiment"]
     defaults = (assets("conf") / f"{root}.yaml").read_text()
     return [name for name in names if (assets("conf") / name).is_dir() and f"{name}:" in defaults]
 
@@ -177,7 +182,7 @@ def help_text(verb: str, root: str) -> str:
     if names := groups(root):
         lines += ["", "groups:"]
         lines += [f"  {name:<12}{', '.join(choices(name))}" for name in names]
-    lines += ["", "keys:", *_field_lines(schema.ROOTS[root], "")]
+    lines += ["", "keys:", *_field_lines(ROOTS[root], "")]
     return "\n".join(lines)
 
 

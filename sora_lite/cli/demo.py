@@ -9,18 +9,17 @@ import sys
 import time
 from pathlib import Path
 
-from sora_lite.cli.compose import choices, configure
+from sora_lite.cli.compose import choices
 from sora_lite.config import DemoConfig
 from sora_lite.errors import UserError
-from sora_lite.training.tracking import RECORD
+from sora_lite.evaluation.record import RECORD
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIRECTIONS = ("left", "right", "up", "down")
 
 
-def main(verb: str, argv: list[str]) -> None:
+def main(config: DemoConfig) -> None:
     """Run all stages, then say where everything lies."""
-    config: DemoConfig = configure(verb, argv)
     known = [name for name in choices("experiment") if f"{name}_vae" in choices("experiment")]
     if config.experiment not in known:
         raise UserError(f"experiment: {config.experiment!r} has no VAE beside it; there are {', '.join(known)}")
@@ -88,7 +87,14 @@ def stages(config: DemoConfig) -> list[tuple[str, list[str], Path | None]]:
         ),
         (
             "evaluate",
-            [*lite, "evaluate", f"model_from={run}", f"shards={data / 'shards'}", f"out={run / 'evaluation.json'}", threads],
+            [
+                *lite,
+                "evaluate",
+                f"model_from={run}",
+                f"shards={data / 'shards'}",
+                f"out={run / 'evaluation.json'}",
+                threads,
+            ],
             run / "evaluation.json",
         ),
     ]

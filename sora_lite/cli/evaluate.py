@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from sora_lite.cli.compose import configure
 from sora_lite.config import EvaluateConfig, SamplingConfig
 from sora_lite.data.index import Index
 from sora_lite.data.loader import ClipReader
@@ -53,9 +52,8 @@ class LabelledClips:
         return np.array([classes.index(value) for value in self.values[name]])
 
 
-def main(verb: str, argv: list[str]) -> None:
+def main(config: EvaluateConfig) -> None:
     """Evaluate, print the figures and write them as JSON."""
-    config: EvaluateConfig = configure(verb, argv)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     figures = evaluate(config)

@@ -3,14 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-from sora_lite.cli.compose import configure
 from sora_lite.config import ExportConfig
 from sora_lite.errors import UserError
+from sora_lite.generation import export as exports
+from sora_lite.models.vae import CausalVAE
+from sora_lite.training import checkpoint
 
 
-def main(verb: str, argv: list[str]) -> None:
+def main(config: ExportConfig) -> None:
     """Export and say where it lies."""
-    config: ExportConfig = configure(verb, argv)
     out = export(Path(config.run), Path(config.out) if config.out else None, config.weights)
     print(f"exported to {out}")
 
@@ -21,10 +22,6 @@ def export(run: Path, out: Path | None, weights: str) -> Path:
     Raises:
         UserError: there is no checkpoint, it is damaged, or has no such weights.
     """
-    from sora_lite.generation import export as exports
-    from sora_lite.models.vae import CausalVAE
-    from sora_lite.training import checkpoint
-
     path = checkpoint.latest(run / "checkpoints")
     if path is None:
         raise UserError(f"{run}: holds no checkpoint yet; train it first, or check the path")

@@ -6,24 +6,22 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from sora_lite.cli.compose import configure
 from sora_lite.config import GenerateConfig
 from sora_lite.data.index import Index
 from sora_lite.data.loader import ClipReader
 from sora_lite.data.video import write_mp4
 from sora_lite.errors import UserError
 from sora_lite.evaluation.page import PageClip, contact_sheet, loss_plot, write_page
+from sora_lite.evaluation.record import RECORD
 from sora_lite.generation.export import Contract, load_dit
 from sora_lite.generation.pipeline import Pipeline, Request
 from sora_lite.parallel.env import local_device
-from sora_lite.training.tracking import RECORD
 
 DEFAULT_FPS = 8.0
 
 
-def main(verb: str, argv: list[str]) -> None:
+def main(config: GenerateConfig) -> None:
     """Generate and say where the clips lie."""
-    config: GenerateConfig = configure(verb, argv)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     requests = make_requests(config.prompts, config.labels, config.count)

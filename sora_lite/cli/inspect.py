@@ -5,14 +5,15 @@ from dataclasses import asdict
 
 import torch
 
-from sora_lite.cli.compose import configure
 from sora_lite.config import Format, InspectConfig
 from sora_lite.errors import UserError
+from sora_lite.models.dit import VideoDiT
+from sora_lite.models.patch import token_grid
+from sora_lite.training.metrics import count_flops
 
 
-def main(verb: str, argv: list[str]) -> None:
+def main(config: InspectConfig) -> None:
     """Print the table or its JSON."""
-    config: InspectConfig = configure(verb, argv)
     facts = inspect_model(config)
     if config.format is Format.json:
         print(json.dumps(facts))
@@ -23,10 +24,6 @@ def main(verb: str, argv: list[str]) -> None:
 
 def inspect_model(config: InspectConfig) -> dict[str, int | float]:
     """parameters; tokens per clip; gflops: multiply-adds of one forward pass of one clip, in 1e9."""
-    from sora_lite.models.dit import VideoDiT
-    from sora_lite.models.patch import token_grid
-    from sora_lite.training.metrics import count_flops
-
     channels, *cells = config.latent
     if len(cells) != 3:
         raise UserError(f"latent: must be [channels, frames, height, width], not {config.latent}")

@@ -1,21 +1,19 @@
 """`sora-lite train` and `sora-lite train-vae`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from sora_lite.cli.compose import configure
+import torch
+
 from sora_lite.config import TrainConfig, TrainVAEConfig
+from sora_lite.generation.export import load_vae
+from sora_lite.parallel.env import Rank, init_rank, shutdown
+from sora_lite.training.objective_dit import DiTObjective
+from sora_lite.training.objective_vae import VAEObjective
+from sora_lite.training.trainer import Trainer
 
-if TYPE_CHECKING:
-    from sora_lite.parallel.env import Rank
 
-
-def main(verb: str, argv: list[str]) -> None:
+def main(config: TrainConfig | TrainVAEConfig) -> None:
     """Train a DiT or a VAE, as one process of however many were launched."""
-    config: TrainConfig | TrainVAEConfig = configure(verb, argv)
-    # Only now: torch takes seconds to import, and --help and typing errors need none of it.
-    from sora_lite.parallel.env import init_rank, shutdown
-
     rank = init_rank(threads=config.parallel.threads)
     try:
         train(config, rank)
@@ -23,15 +21,8 @@ def main(verb: str, argv: list[str]) -> None:
         shutdown()
 
 
-def train(config: TrainConfig | TrainVAEConfig, rank: "Rank") -> None:
+def train(config: TrainConfig | TrainVAEConfig, rank: Rank) -> None:
     """Build the objective and run the trainer."""
-    import torch
-
-    from sora_lite.generation.export import load_vae
-    from sora_lite.training.objective_dit import DiTObjective
-    from sora_lite.training.objective_vae import VAEObjective
-    from sora_lite.training.trainer import Trainer
-
     torch.manual_seed(config.run.seed)
     objective: DiTObjective | VAEObjective
     if isinstance(config, TrainVAEConfig):

@@ -83,8 +83,8 @@ def assign(
         if len(samples) == 0:
             t, h, w = row.shape
             raise UserError(
-                f"data.buckets[{number}]: none of the {len(frames)} samples goes to {t} frames of {h}x{w}; "
-                f"the longest has {int(available.max(initial=0))} frames at data.fps={fps}; ask for fewer or leave the row out"
+                f"data.buckets[{number}]: none of the {len(frames)} samples goes to {t} frames of {h}x{w}; the "
+                f"longest has {int(available.max(initial=0))} frames at data.fps={fps}; ask for fewer or leave it out"
             )
         buckets.append(Bucket(shape=row.shape, batch=row.batch, samples=samples))
     return buckets

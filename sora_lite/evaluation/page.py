@@ -1,6 +1,5 @@
 """Pictures for people: a contact sheet of clips, a loss curve, and a page that shows generations beside real clips."""
 
-import json
 import math
 import textwrap
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from sora_lite.data.video import probe
 from sora_lite.errors import UserError
+from sora_lite.evaluation.record import read_record
 
 CELL = 96
 """Height in pixels that a frame on a contact sheet has at least."""
@@ -63,7 +63,7 @@ def loss_plot(metrics: Path, out: Path, train: str = "loss", validation: str = "
     from matplotlib.figure import Figure  # half a second that other users of this module need not wait for
 
     curves: dict[str, dict[int, float]] = {train: {}, validation: {}}
-    for record in _records(metrics):
+    for record in read_record(metrics):
         for key, curve in curves.items():
             if record.get(key) is not None:
                 curve[record["step"]] = record[key]
@@ -193,13 +193,6 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     from matplotlib import get_data_path
 
     return ImageFont.truetype(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
-
-
-def _records(metrics: Path) -> list[dict]:
-    lines = metrics.read_text(encoding="utf-8").split("\n")
-    if lines[-1]:
-        lines.pop()  # a record without its newline is still being written, or was cut off by a kill
-    return [json.loads(line) for line in lines if line]
 
 
 def _series(curve: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:

@@ -5,14 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sora_lite.config import LoggingConfig, WandbMode
-
-RECORD = "metrics.jsonl"
-
-
-def read_record(run: Path) -> list[dict[str, Any]]:
-    """All lines of a run's record."""
-    path = run / RECORD
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+from sora_lite.evaluation.record import RECORD, read_record
 
 
 class Tracker:
@@ -31,7 +24,7 @@ class Tracker:
     def __init__(
         self, run: Path, logging: LoggingConfig, *, resume_step: int, wandb_id: str | None, config: dict[str, Any]
     ) -> None:
-        kept = [line for line in read_record(run) if line["step"] <= resume_step]
+        kept = [line for line in read_record(run / RECORD) if line["step"] <= resume_step]
         temporary = run / f"{RECORD}.tmp"
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         temporary.replace(run / RECORD)

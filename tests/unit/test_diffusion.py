@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def test_sampler_converges_at_its_order(sampler, order: int) -> None:
         (sampler(gaussian_velocity, x, sampling_grid(steps)) - exact_flow(x)).abs().max().item()
         for steps in (40, 80, 160)
     ]
-    for coarse, fine in zip(errors, errors[1:], strict=False):
+    for coarse, fine in pairwise(errors):
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.25)
 
 

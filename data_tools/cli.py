@@ -94,5 +94,5 @@ def _parser() -> argparse.ArgumentParser:
         )
         for folder in verb.folders:
             one.add_argument(folder)
-        one.add_argument("settings", nargs="*", metavar="KEY=VALUE")
+        one.add_argument("settings", nargs="*", default=[], metavar="KEY=VALUE")
     return parser

@@ -29,6 +29,10 @@ class Report:
     found: int
     packed: int = 0
     clips: int = 0
+    captioned: int = 0
+    """Clips with a caption."""
+    labelled: int = 0
+    """Clips with a label."""
     frames: int = 0
     dropped_frames: int = 0
     """Frames at the ends of sources, too few for a clip."""
@@ -42,6 +46,8 @@ class Report:
             "sources_packed": self.packed,
             **{f"sources_{kind}": kinds[kind] for kind in ("bad", "unusable", "duplicate")},
             "clips": self.clips,
+            "clips_captioned": self.captioned,
+            "clips_labelled": self.labelled,
             "frames": self.frames,
             "frames_dropped": self.dropped_frames,
         }
@@ -65,6 +71,8 @@ class Report:
             shards = [entry for entry in manifest.shards if entry.split == split] if manifest else []
             size = sum(entry.bytes for entry in shards) / 2**20
             lines.append(f"{split:<20}{samples:>10,} clips in {len(shards)} shards, {size:,.1f} MiB")
+        if manifest and "validation" not in manifest.splits:
+            lines.append(f"{'validation':<20}{0:>10,} clips: nothing is held out, so training will show no val_loss")
         lines += [f"  {item.kind:<10} {item.file}: {item.reason}" for item in self.excluded[:longest]]
         if len(self.excluded) > longest:
             lines.append(f"  and {len(self.excluded) - longest} more, all in {folder / REPORT}")

@@ -71,6 +71,8 @@ def make_plan(sources: list[Source], probed: list[Probed], config: PrepareConfig
     report.excluded.sort(key=lambda item: (item.kind, item.file))
     report.packed = len(plan)
     report.clips = sum(planned.clips for planned in plan)
+    report.captioned = sum(planned.clips for planned in plan if planned.source.row.captions)
+    report.labelled = sum(planned.clips for planned in plan if planned.source.row.label is not None)
     report.frames = sum(int(planned.tiling.bounds[-1]) for planned in plan)
     report.dropped_frames = sum(planned.tiling.dropped for planned in plan)
     return plan, report

@@ -340,8 +340,8 @@ class SamplingConfig:
     """Solver steps; Heun calls the model twice in each."""
     guidance: float = 3.0
     """Classifier-free guidance scale; 1 is no guidance."""
-    shift: float = 1.0
-    """Time shift of the solver's grid, as in training."""
+    shift: float | None = None
+    """Time shift of the solver's grid; null takes that of training."""
     seed: int = 0
     """Seed of the initial noise; generation i uses its own draw, whatever the batch."""
     batch: int = 50

@@ -1,9 +1,13 @@
-"""What holds for every test: one thread a process, and no way to an account of the person who runs them."""
+"""What holds for every test: one thread a process, and no way to an account of the person who runs them.
+
+And what many need: a small data set, and a VAE for it.
+"""
 
 import os
 from pathlib import Path
 
 import pytest
+from tiny_inputs import Tiny, make_vae
 
 # Before torch is imported anywhere. Two ranks with a thread each are what two cores can carry, and sums do not
 # change with the machine's core count.
@@ -24,3 +28,14 @@ for name in list(os.environ):
 def checkout() -> Path:
     """Root of the checkout under test."""
     return Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    from data_tools.cli import main as sora_data
+
+    folder = tmp_path_factory.mktemp("tiny")
+    videos, shards = str(folder / "videos"), folder / "shards"
+    assert sora_data(["digits", videos, "clips=48"]) == 0
+    assert sora_data(["run", videos, str(shards), "workers=0", "validation_fraction=0.2", "crf=10"]) == 0
+    return Tiny(shards=shards, vae=make_vae(folder / "vae", shards, seed=0))

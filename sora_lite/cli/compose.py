@@ -96,6 +96,8 @@ def _explain(error: Exception, root: str) -> str:
             return _unknown_key(key, root)
         if isinstance(link, ValidationError):
             message = text.splitlines()[0]
+            if "is not a ListConfig" in message:
+                message = "must be a list, in brackets and quotes such as 'KEY=[...]'"
             return f"{key}: {message}{'' if 'expected' in message else _expected(key, root)}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     message = lines[0] if lines else type(error).__name__
@@ -118,7 +120,9 @@ def _unknown_key(key: str, root: str) -> str:
 def _nearest(word: str, known: list[str]) -> str:
     # A path whose last part is right beats one that merely looks alike, since people forget the first part.
     tails = [name for name in known if name.rsplit(".", 1)[-1] == word.rsplit(".", 1)[-1]]
-    near = tails[:1] or difflib.get_close_matches(word, known, n=1, cutoff=0.4)
+    # So does one that goes on where the word stops.
+    longer = [name for name in known if name.startswith(word)]
+    near = tails[:1] or longer[:1] or difflib.get_close_matches(word, known, n=1, cutoff=0.4)
     return f"the nearest is {near[0]}" if near else f"there are {', '.join(sorted(known))}"
 
 
@@ -223,6 +227,8 @@ def configure(verb: str, argv: list[str]) -> Any:
     for arg in overrides:
         if arg.startswith("-"):
             raise UserError(f"{arg}: no such option; there are --help and --cfg job, settings are given as KEY=VALUE")
+        if "=" not in arg and not arg.startswith("~"):
+            raise UserError(f"{arg}: is no setting KEY=VALUE; `sora-lite {verb} --help` lists the keys")
     if show:
         print(to_yaml(root, overrides))
         raise SystemExit(0)

@@ -86,7 +86,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     figures |= _reconstructions(vae, held_out, judges, classes, config.clips)
 
     requests, wanted = _spread(held_out, config.attributes, config.count)
-    pipeline = Pipeline(dit, vae, local_device())
+    pipeline = Pipeline(dit, vae, contract.shift, local_device())
     clip = (contract.clip[0], contract.clip[1], contract.clip[2])
     for prefix, guidance in (("", config.sampling.guidance), ("unguided_", 1.0)):
         sampling = SamplingConfig(

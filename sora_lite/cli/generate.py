@@ -9,12 +9,14 @@ from tqdm import tqdm
 from sora_lite.config import GenerateConfig
 from sora_lite.data.index import Index
 from sora_lite.data.loader import ClipReader
+from sora_lite.data.shards import Manifest
 from sora_lite.data.video import write_mp4
 from sora_lite.errors import UserError
 from sora_lite.evaluation.page import PageClip, contact_sheet, loss_plot, write_page
 from sora_lite.evaluation.record import RECORD
 from sora_lite.generation.export import Contract, load_dit
 from sora_lite.generation.pipeline import Pipeline, Request
+from sora_lite.models.patch import token_grid
 from sora_lite.parallel.env import local_device
 
 DEFAULT_FPS = 8.0
@@ -24,15 +26,37 @@ def main(config: GenerateConfig) -> None:
     """Generate and say where the clips lie."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    check(config)
     requests = make_requests(config.prompts, config.labels, config.count)
     dit, vae, contract = load_dit(Path(config.model_from))
-    pipeline = Pipeline(dit, vae, local_device())
+    pipeline = Pipeline(dit, vae, contract.shift, local_device())
     clip = clip_size(config, contract)
+    try:
+        token_grid(vae.latent_shape(*clip)[1:], dit.patch)
+    except ValueError as error:
+        raise UserError(f"frames, resolution: {error}; change them") from error
     generations = pipeline.generate(requests, clip=clip, sampling=config.sampling)
     clips = [video.numpy() for video in tqdm(generations, total=len(requests), desc="generating", unit="clip")]
     out = Path(config.out)
     write(out, requests, clips, config, contract)
     print(f"{len(clips)} clips in {out}; look at {out / 'index.html'}")
+
+
+def check(config: GenerateConfig) -> None:
+    """Raise UserError for what would otherwise show only after the clips are made."""
+    for key, value in (
+        ("count", config.count),
+        ("sampling.steps", config.sampling.steps),
+        ("sampling.batch", config.sampling.batch),
+    ):
+        if value < 1:
+            raise UserError(f"{key}: must be at least 1, not {value}")
+    if config.fps is not None and config.fps <= 0:
+        raise UserError(f"fps: must be above 0, not {config.fps:g}")
+    if config.shards:
+        Manifest.load(Path(config.shards))
+    if config.run and not (Path(config.run) / RECORD).is_file():
+        raise UserError(f"run: {Path(config.run) / RECORD} does not exist; name the folder of a training run")
 
 
 def make_requests(prompts: list[str], labels: list[int], count: int) -> list[Request]:

@@ -4,9 +4,13 @@ from pathlib import Path
 
 import torch
 
-from sora_lite.config import TrainConfig, TrainVAEConfig
+from sora_lite.config import BaseTrainConfig, TrainConfig, TrainVAEConfig
+from sora_lite.data.loader import ClipLoader
+from sora_lite.data.shards import Manifest
+from sora_lite.errors import UserError
 from sora_lite.generation.export import load_vae
 from sora_lite.parallel.env import Rank, init_rank, shutdown
+from sora_lite.training.objective import Objective
 from sora_lite.training.objective_dit import DiTObjective
 from sora_lite.training.objective_vae import VAEObjective
 from sora_lite.training.trainer import Trainer
@@ -30,4 +34,42 @@ def train(config: TrainConfig | TrainVAEConfig, rank: Rank) -> None:
     else:
         vae, _ = load_vae(Path(config.vae_from))
         objective = DiTObjective(config.model, config.diffusion, vae, seed=config.run.seed, rank=rank)
-    Trainer(config, objective, rank).run()
+    check_buckets(config, objective)
+    trainer = Trainer(config, objective, rank)
+    if rank.is_main:
+        print("\n".join([*describe(trainer.loader), *missing_conditions(config)]))
+    trainer.run()
+
+
+def check_buckets(config: BaseTrainConfig, objective: Objective) -> None:
+    """Raise UserError for a clip size that the model cannot take: one that its VAE or its patches do not divide."""
+    for i, rule in enumerate(config.data.buckets):
+        try:
+            objective.tokens(rule.frames, rule.resolution[0], rule.resolution[1])
+        except ValueError as error:
+            raise UserError(f"data.buckets[{i}]: {error}; change its resolution or frames") from error
+
+
+def describe(loader: ClipLoader) -> list[str]:
+    """A line for each bucket, and one for the samples that are in none."""
+    buckets = loader.order.buckets
+    lines = [
+        "{} frames of {}x{}: {:,} samples, {} a batch".format(*bucket.shape, len(bucket.samples), bucket.batch)
+        for bucket in buckets
+    ]
+    if left := len(loader.index) - sum(len(bucket.samples) for bucket in buckets):
+        lines.append(f"left out, as too short for every bucket at data.fps: {left:,} samples")
+    return lines
+
+
+def missing_conditions(config: BaseTrainConfig) -> list[str]:
+    """A line for what the model reads and no clip of the shards has: training works, asking for it later will not."""
+    if not isinstance(config, TrainConfig):
+        return []
+    counts = Manifest.load(Path(config.data.shards)).counts
+    lines = []
+    if config.model.text is not None and counts.get("clips_captioned") == 0:
+        lines.append("model.text: no clip has a caption, so the model will not learn to follow prompts")
+    if config.model.num_classes > 0 and counts.get("clips_labelled") == 0:
+        lines.append("model.num_classes: no clip has a label, so the model will not learn to follow labels")
+    return lines

@@ -124,15 +124,21 @@ class ClipReader:
         return self._shards[number]
 
 
-class _MicroBatches(Dataset[ClipBatch]):
-    """Item (step, pass) is this rank's micro-batch."""
+class _MicroBatches(Dataset[ClipBatch | str]):
+    """Item (step, pass) is this rank's micro-batch, or the message of the UserError that it ended in."""
 
     def __init__(self, reader: ClipReader, order: Order, seed: int, flip: bool, parts: tuple[int, int, int]) -> None:
         self.reader, self.order, self.seed, self.flip = reader, order, seed, flip
         self.rank, self.world_size, self.accumulation = parts
 
-    def __getitem__(self, item: tuple[int, int]) -> ClipBatch:
-        step, one_pass = item
+    def __getitem__(self, item: tuple[int, int]) -> ClipBatch | str:
+        # Handed over as a value: of an error that a worker raises, torch makes the text of its traceback.
+        try:
+            return self._batch(*item)
+        except UserError as error:
+            return str(error)
+
+    def _batch(self, step: int, one_pass: int) -> ClipBatch:
         (micro,) = self.order.step(step)
         positions = rank_positions(
             len(micro.samples), rank=self.rank, world_size=self.world_size, accumulation=self.accumulation
@@ -239,5 +245,15 @@ class ClipLoader:
                 pin_memory=self._pin,
             )
         )
-        for _ in range(start, stop):
-            yield [next(batches) for _ in range(self.accumulation)]
+        try:
+            for _ in range(start, stop):
+                yield [_or_raise(next(batches)) for _ in range(self.accumulation)]
+        finally:
+            # The workers end when the last reference goes; an error's traceback would keep one until who knows when.
+            del batches
+
+
+def _or_raise(batch: ClipBatch | str) -> ClipBatch:
+    if isinstance(batch, str):
+        raise UserError(batch)
+    return batch

@@ -3,7 +3,7 @@
 Every bucket has an endless sequence: pass after pass over its samples, each pass block-shuffled anew. The k-th step of
 a bucket takes places [k * batch, (k+1) * batch) of its sequence, so within a bucket every sample comes once per pass,
 no remainder is dropped, and a step may span two passes. Steps choose their bucket by a shuffled cycle in which each
-bucket comes as often as it has batches. Nothing depends on ranks, workers or history, so resuming at a step costs nothing.
+bucket comes as often as it has batches. Nothing depends on ranks, workers or history: resuming at a step costs nothing.
 """
 
 import hashlib

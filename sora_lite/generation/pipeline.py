@@ -77,6 +77,7 @@ def sample_latents(
     num_classes: int,
     max_bytes: int | None,
     sampling: SamplingConfig,
+    shift: float,
     seeds: Sequence[int],
     device: torch.device,
 ) -> Tensor:
@@ -85,6 +86,7 @@ def sample_latents(
     Args:
         model: `VideoDiT`, or an engine around one.
         shape: latent shape (C, t, h, w).
+        shift: time shift of training, used where `sampling` names none.
     """
     labels, text = conditions(requests, num_classes=num_classes, max_bytes=max_bytes, device=device)
     null_labels = torch.full_like(labels, num_classes) if labels is not None else None
@@ -93,7 +95,7 @@ def sample_latents(
         null_text = torch.nn.functional.pad(null_text, (0, text.shape[1] - 1)).expand(len(text), -1)
     velocity = guided(model, sampling.guidance, labels, text, null_labels, null_text)
     noise = seeded_normal(shape, seeds, device)
-    return SAMPLERS[sampling.sampler](velocity, noise, sampling_grid(sampling.steps, sampling.shift))
+    return SAMPLERS[sampling.sampler](velocity, noise, sampling_grid(sampling.steps, sampling.shift or shift))
 
 
 class Pipeline:
@@ -101,10 +103,11 @@ class Pipeline:
 
     Args:
         dit, vae: in eval mode; moved to the device.
+        shift: time shift of training.
     """
 
-    def __init__(self, dit: VideoDiT, vae: CausalVAE, device: torch.device) -> None:
-        self.dit, self.vae, self.device = dit.to(device), vae.to(device), device
+    def __init__(self, dit: VideoDiT, vae: CausalVAE, shift: float, device: torch.device) -> None:
+        self.dit, self.vae, self.shift, self.device = dit.to(device), vae.to(device), shift, device
 
     @torch.no_grad()
     def generate(
@@ -131,6 +134,7 @@ class Pipeline:
                 num_classes=self.dit.num_classes,
                 max_bytes=max_bytes,
                 sampling=sampling,
+                shift=self.shift,
                 seeds=seeds,
                 device=self.device,
             )

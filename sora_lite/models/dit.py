@@ -103,10 +103,11 @@ class VideoDiT(nn.Module):
                 nn.init.zeros_(module.bias)
 
         self.apply(xavier)
-        # Embeddings start small, so that no condition drowns the others.
-        for module in self.modules():
-            if isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+        if self.embed_label is not None:
+            nn.init.normal_(self.embed_label.weight, std=0.02)
+        if self.text is not None:  # bytes must differ clearly before anything can be read from them
+            nn.init.normal_(self.text.token_embedding.weight)
+            nn.init.normal_(self.text.position_embedding.weight)
         nn.init.normal_(self.embed_time.mlp[0].weight, std=0.02)
         nn.init.normal_(self.embed_time.mlp[2].weight, std=0.02)
         # adaLN-Zero: every block starts as the identity, since its gates are zero.
@@ -141,8 +142,8 @@ class VideoDiT(nn.Module):
         features = mask = None
         if self.text is not None:
             features, real = self.text(text)  # B M D_text, B M
-            weight = real.unsqueeze(-1).type_as(features)
-            pooled = (features * weight).sum(1) / weight.sum(1)  # B D_text
+            # The maximum, since a mean over many bytes would bury the few that differ between two prompts.
+            pooled = features.masked_fill(~real.unsqueeze(-1), -torch.inf).amax(1)  # B D_text
             condition = condition + self.pool_text(pooled)  # B D
             mask = real[:, None, None, :]  # B 1 1 M
         condition = nn.functional.silu(condition)

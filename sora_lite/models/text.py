@@ -27,6 +27,8 @@ def tokenize(prompts: Sequence[str], max_bytes: int) -> Tensor:
 class ByteTextEncoder(nn.Module):
     """Pre-norm transformer over bytes with learned positions.
 
+    A convolution over five neighbouring bytes comes first: it spells, so that words are found wherever they stand.
+
     Args:
         width, depth, heads: of the transformer.
         max_bytes: longest prompt; `tokenize` must be called with the same.
@@ -38,13 +40,17 @@ class ByteTextEncoder(nn.Module):
         self.width = width
         self.token_embedding = nn.Embedding(_FIRST_BYTE + 256, width)
         self.position_embedding = nn.Embedding(max_bytes + 1, width)
+        self.spell = nn.Conv1d(width, width, 5, padding=2)
         self.blocks = nn.ModuleList(TextBlock(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """tokens: B M. Returns (features B M D, mask B M, True where a token is real)."""
         mask = tokens != PAD  # B M
-        x = self.token_embedding(tokens) + self.position_embedding.weight[: tokens.shape[1]]  # B M D
+        # Padding is zero before the convolution, so that it is the same as the end of the tensor.
+        x = self.token_embedding(tokens) * mask.unsqueeze(-1)  # B M D
+        x = x + nn.functional.gelu(self.spell(x.transpose(1, 2)).transpose(1, 2))  # B M D
+        x = x + self.position_embedding.weight[: tokens.shape[1]]  # B M D
         for block in self.blocks:
             x = block(x, mask[:, None, None, :])
         return self.norm(x), mask

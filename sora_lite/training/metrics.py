@@ -1,7 +1,6 @@
 """Numbers about a run: sums over ranks, speed, and the use that is made of the hardware."""
 
 import time
-from collections import defaultdict
 from collections.abc import Callable
 
 import torch
@@ -15,24 +14,32 @@ PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "B200": 2250.0, "A100": 312.0, "L40
 
 
 class Means:
-    """Running means of named values over steps and, when read, over ranks."""
+    """Running means of named values over steps and, when read, over ranks.
+
+    Values may be tensors on the device: they are summed there, and only `read` waits for it.
+    """
 
     def __init__(self, rank: Rank) -> None:
         self._rank = rank
-        self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        self._sums: dict[str, Tensor] = {}
 
-    def add(self, name: str, value: float, weight: float = 1.0) -> None:
-        """Count a value in. Every rank must use the same names between two reads."""
-        entry = self._sums[name]
-        entry[0] += value * weight
-        entry[1] += weight
+    def add(self, name: str, value: float | Tensor, weight: float | Tensor = 1.0) -> None:
+        """Count a scalar in. Every rank must use the same names between two reads."""
+        pair = (torch.as_tensor(one, dtype=torch.float64, device=self._rank.device) for one in (value, weight))
+        value, weight = pair
+        if name not in self._sums:
+            self._sums[name] = torch.zeros(2, dtype=torch.float64, device=self._rank.device)
+        # A mean over nothing may be NaN; it must not touch the sum.
+        self._sums[name] += torch.stack([torch.where(weight > 0, value * weight, 0.0), weight])
 
     def read(self) -> dict[str, float]:
         """Weighted mean of each name over all ranks, then start anew. A collective. Names without weight drop out."""
         names = sorted(self._sums)
-        totals = self._rank.sum(torch.tensor([self._sums[name] for name in names], dtype=torch.float64).view(-1, 2))
+        if not names:
+            return {}
+        totals = self._rank.sum(torch.stack([self._sums[name] for name in names])).tolist()
         self._sums.clear()
-        return {name: float(s / w) for name, (s, w) in zip(names, totals, strict=True) if w > 0}
+        return {name: total / weight for name, (total, weight) in zip(names, totals, strict=True) if weight > 0}
 
 
 def count_flops(call: Callable[[], object]) -> int:

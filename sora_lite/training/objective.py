@@ -7,9 +7,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from sora_lite.data.index import Index
 from sora_lite.data.loader import Clip, ClipBatch, ClipReader
+from sora_lite.data.shards import DamagedSample
+from sora_lite.data.video import BadVideo
 from sora_lite.parallel.env import Rank
 from sora_lite.training.engine import Engine
 
@@ -18,11 +21,12 @@ from sora_lite.training.engine import Engine
 class Loss:
     """Result of a forward pass on one micro-batch.
 
-    loss: scalar, the mean over the micro-batch. parts: named (value, weight) pairs for the record.
+    loss: scalar, the mean over the micro-batch. parts: named scalars for the record, each with its weight
+    in the mean; they may stay on the device.
     """
 
     loss: Tensor
-    parts: dict[str, tuple[float, float]] = field(default_factory=dict)
+    parts: dict[str, tuple[Tensor, float | Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.loss.ndim:
@@ -92,10 +96,20 @@ class HeldOut:
         self._clips: list[Clip] | None = None
 
     def clips(self) -> list[Clip]:
-        """This rank's clips, decoded once and kept."""
+        """This rank's clips, decoded once. A damaged one is named, and a black one of weight 0 stands for it."""
         if self._clips is None:
-            self._clips = [self._reader.read(int(sample), self._shape) for sample in self._samples]
+            self._clips = [self._read(i, int(sample)) for i, sample in enumerate(self._samples)]
         return self._clips
+
+    def _read(self, place: int, sample: int) -> Clip:
+        try:
+            return self._reader.read(sample, self._shape)
+        except (DamagedSample, BadVideo) as error:
+            index = self._reader.index
+            shard = index.shard_paths[int(index.shard[sample])].name
+            tqdm.write(f"{shard}: sample {index.keys[sample]} does not count in validation or statistics: {error}")
+            self._weights[place] = 0
+            return Clip(frames=np.zeros((*self._shape, 3), np.uint8), captions=[], label=-1)
 
     def batches(self) -> "list[tuple[Tensor, list[Clip], np.ndarray, np.ndarray]]":
         """(video uint8 B 3 T H W, clips, weights B, places B in the whole set) per batch."""

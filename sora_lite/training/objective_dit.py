@@ -127,12 +127,12 @@ class DiTObjective:
         labels, text = self._conditions(self.dropped(requests, self._seed(batch, "dropout")))
         prediction = self._predict(engine, point.x_t, time, labels, text)
         each = mse_per_sample(prediction, point.target)  # B
-        parts = {}
         bins = (time * TIME_BINS).long().clamp_max(TIME_BINS - 1)
+        parts: dict[str, tuple[Tensor, float | Tensor]] = {}
         for number in range(TIME_BINS):
-            inside = each.detach()[bins == number]
-            mean = float(inside.mean()) if len(inside) else 0.0
-            parts[f"loss_t{number / TIME_BINS:.1f}"] = (mean, float(len(inside)))
+            inside = (bins == number).float()
+            mean = (each.detach() * inside).sum() / inside.sum()
+            parts[f"loss_t{number / TIME_BINS:.1f}"] = (mean, inside.sum())
         return Loss(loss=each.mean(), parts=parts)
 
     def validate(self, engine: Engine, held_out: HeldOut) -> dict[str, float]:
@@ -170,7 +170,8 @@ class DiTObjective:
             shape=self.vae.latent_shape(*held_out.shape),
             num_classes=self.config.num_classes,
             max_bytes=self.max_bytes,
-            sampling=SamplingConfig(shift=self.diffusion.shift),
+            sampling=SamplingConfig(),
+            shift=self.diffusion.shift,
             seeds=[hash_seed("sample", i) for i in range(len(requests))],
             device=self.rank.device,
         )

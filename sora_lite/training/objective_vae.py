@@ -63,8 +63,7 @@ class VAEObjective:
         l1, mse = error.abs().mean(), error.square().mean()
         kl = Posterior(mean=mean.float(), logvar=logvar.float()).kl()
         loss = self.weights.l1 * l1 + self.weights.mse * mse + self.weights.kl * kl
-        parts = {name: (float(value.detach()), 1.0) for name, value in (("l1", l1), ("mse", mse), ("kl", kl))}
-        return Loss(loss=loss, parts=parts)
+        return Loss(loss=loss, parts={"l1": (l1.detach(), 1.0), "mse": (mse.detach(), 1.0), "kl": (kl.detach(), 1.0)})
 
     def validate(self, engine: Engine, held_out: HeldOut) -> dict[str, float]:
         """Reconstruction of held-out clips from the posterior mean: PSNR in dB, mean over clips, and L1."""

@@ -110,32 +110,33 @@ class Trainer:
         self._start_tracking()
         means, clock = Means(self.rank), Clock()
         batches = self.loader.steps(self.step, run.steps)
-        progress = tqdm(
+        bar = tqdm(
             total=run.steps, initial=self.step, desc=run.name, unit="step", disable=not self.rank.is_main, mininterval=1
         )
-        while self.step < run.steps:
-            wait = time.perf_counter()
-            micro_batches = next(batches)
-            clock.waited += time.perf_counter() - wait
-            lr = learning_rate(self.step, self.config.optim, run.steps)
-            result = train_step(self.objective, self.engine, self.ema, micro_batches, self.step, lr)
-            self.step += 1
-            progress.update()
-            self._count(result, micro_batches, means, clock)
-            if self._due(run.log_every):
-                self._log(means, clock, lr, result.grad_norm, progress)
-            if self._due(run.validate_every):
-                self._validate()
-                clock.restart()
-            if self._due(run.sample_every):
-                self._sample()
-                clock.restart()
-            if self.step == run.steps:
-                self._finish()
-            if self._due(run.save_every):
-                self._save()
-                clock.restart()
-        progress.close()
+        with bar as progress:  # closed by an error too, whose message then has a line of its own
+            while self.step < run.steps:
+                wait = time.perf_counter()
+                micro_batches = next(batches)
+                clock.waited += time.perf_counter() - wait
+                lr = learning_rate(self.step, self.config.optim, run.steps)
+                result = train_step(self.objective, self.engine, self.ema, micro_batches, self.step, lr)
+                self.step += 1
+                progress.update()
+                self._count(result, micro_batches, means, clock)
+                # A checkpoint ends a line of the record too: whoever goes on from it averages over the same steps.
+                if self._due(run.log_every) or self._due(run.save_every):
+                    self._log(means, clock, lr, result.grad_norm, progress)
+                if self._due(run.validate_every):
+                    self._validate()
+                    clock.restart()
+                if self._due(run.sample_every):
+                    self._sample()
+                    clock.restart()
+                if self.step == run.steps:
+                    self._finish()
+                if self._due(run.save_every):
+                    self._save()
+                    clock.restart()
         if self.tracker:
             self.tracker.finish()
         self._say(f"{self.folder}: trained to step {self.step}")
@@ -145,7 +146,7 @@ class Trainer:
 
     def _count(self, result: StepResult, batches: Sequence[ClipBatch], means: Means, clock: "Clock") -> None:
         for loss in result.losses:
-            means.add("loss", float(loss.loss.detach()))
+            means.add("loss", loss.loss.detach())
             for name, (value, weight) in loss.parts.items():
                 means.add(name, value, weight)
         bad: list[BadSample] = [one for batch in batches for one in batch.bad]

@@ -225,15 +225,15 @@ class VAEConfig:
 
     latent_channels: int = 16
     """Channels of the latent."""
-    patch: int = 1
+    patch: int = 2
     """Pixels of a side that are folded into channels before the first convolution (space to depth)."""
-    widths: list[int] = field(default_factory=lambda: [96, 192, 384, 384])
+    widths: list[int] = field(default_factory=lambda: [128, 256, 384])
     """Channels of each level, from fine to coarse."""
-    strides: list[list[int]] = field(default_factory=lambda: [[1, 2], [2, 2], [2, 2]])
+    strides: list[list[int]] = field(default_factory=lambda: [[2, 2], [2, 2]])
     """[time, space] factors (1 or 2) between one level and the next; with two 2s in time, T = 4k+1."""
-    encoder_blocks: list[int] = field(default_factory=lambda: [2, 2, 2, 2])
+    encoder_blocks: list[int] = field(default_factory=lambda: [1, 2, 2])
     """Residual blocks of each level in the encoder, fine to coarse."""
-    decoder_blocks: list[int] = field(default_factory=lambda: [3, 3, 3, 3])
+    decoder_blocks: list[int] = field(default_factory=lambda: [2, 3, 3])
     """Residual blocks of each level in the decoder, fine to coarse."""
 
 
@@ -502,10 +502,16 @@ def _check_run(config: BaseTrainConfig) -> None:
     _require(bool(run.name) and "/" not in run.name, "run.name", f"{run.name!r} is no folder name; leave out slashes")
     for key in ("steps", "log_every", "save_every", "keep_last"):
         _require(getattr(run, key) >= 1, f"run.{key}", "must be at least 1")
+    for key in ("batch_tokens", "divisor", "block_shards"):
+        _require(getattr(data, key) >= 1, f"data.{key}", f"must be at least 1, not {getattr(data, key)}")
+    _require(data.fps is None or data.fps > 0, "data.fps", f"must be above 0, or null, not {data.fps}")
+    _require(data.workers >= 0, "data.workers", f"must be at least 0, not {data.workers}")
     _require(len(data.buckets) > 0, "data.buckets", "is empty; give at least one row {resolution: [H, W], frames: T}")
     for i, rule in enumerate(data.buckets):
         key = f"data.buckets[{i}]"
         _require(len(rule.resolution) == 2, f"{key}.resolution", f"must be [height, width], not {rule.resolution}")
+        _require(min(rule.resolution) >= 1, f"{key}.resolution", f"must be at least 1 pixel, not {rule.resolution}")
+        _require(rule.frames >= 1, f"{key}.frames", f"must be at least 1, not {rule.frames}")
         _require(0 < rule.keep <= 1, f"{key}.keep", f"is a fraction in (0, 1], not {rule.keep}")
         if rule.batch is not None:
             _require(
@@ -515,7 +521,6 @@ def _check_run(config: BaseTrainConfig) -> None:
             )
     _require(len(optim.betas) == 2, "optim.betas", f"needs two numbers, not {optim.betas}")
     _require(0 <= optim.ema_decay < 1, "optim.ema_decay", f"must lie in [0, 1), not {optim.ema_decay}")
-    _require(optim.warmup_steps < run.steps, "optim.warmup_steps", f"must be below run.steps={run.steps}")
     _require(parallel.zero_stage in (0, 1, 2, 3), "parallel.zero_stage", f"is 0, 1, 2 or 3, not {parallel.zero_stage}")
     _require(
         parallel.precision is Precision.fp32 or parallel.zero_stage > 0,

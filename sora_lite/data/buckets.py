@@ -42,10 +42,19 @@ def batch_for_tokens(tokens_per_clip: int, budget: int, divisor: int) -> int:
 
 
 def frames_at(frames: np.ndarray, own_fps: np.ndarray, fps: float | None) -> np.ndarray:
-    """How many frames clips of constant rate give at a target rate: each frame is shown for 1 / own_fps seconds."""
+    """How many frames clips of constant rate give at a target rate: each frame is shown for 1 / own_fps seconds.
+
+    A single frame is a still image, which has no rate.
+    """
     if fps is None:
         return frames
-    return np.ceil(frames * (fps / own_fps) - 1e-6).astype(np.int64)
+    return np.where(frames == 1, 1, np.ceil(frames * (fps / own_fps) - 1e-6)).astype(np.int64)
+
+
+def spare_frames(frames: int, own_fps: float, fps: float | None, wanted: int) -> int:
+    """How many of a clip's own frames can be skipped at its start, with `wanted` frames at the target rate to come."""
+    used = wanted if fps is None else int((wanted - 1) * (own_fps / fps) + 1e-6) + 1
+    return max(0, frames - used)
 
 
 def assign(
@@ -82,9 +91,14 @@ def assign(
         samples = np.flatnonzero(chosen == number)
         if len(samples) == 0:
             t, h, w = row.shape
+            longest = int(available.max(initial=0))
+            if longest < t:
+                why = f"the longest has {longest} frames at data.fps={fps}"
+            else:
+                why = "those that are long enough are nearer in shape to another row, or taken by one above"
             raise UserError(
-                f"data.buckets[{number}]: none of the {len(frames)} samples goes to {t} frames of {h}x{w}; the "
-                f"longest has {int(available.max(initial=0))} frames at data.fps={fps}; ask for fewer or leave it out"
+                f"data.buckets[{number}]: none of the {len(frames)} samples goes to {t} frames of {h}x{w}; "
+                f"{why}; change the row or leave it out"
             )
         buckets.append(Bucket(shape=row.shape, batch=row.batch, samples=samples))
     return buckets

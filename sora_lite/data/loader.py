@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sora_lite.data.buckets import Row, assign
+from sora_lite.data.buckets import Row, assign, spare_frames
 from sora_lite.data.index import Index
 from sora_lite.data.order import MicroStep, Order, hash_seed, rank_positions
 from sora_lite.data.shards import DamagedSample, ShardReader
@@ -81,16 +81,20 @@ class ClipReader:
         self.fps = fps
         self._cache_bytes = cache_bytes
         self._cached = 0
-        self._cache: OrderedDict[tuple[int, tuple[int, int, int]], Clip] = OrderedDict()
+        self._cache: OrderedDict[tuple[int, tuple[int, int, int], int], Clip] = OrderedDict()
         self._shards: dict[int, ShardReader] = {}
 
-    def read(self, sample: int, shape: tuple[int, int, int]) -> Clip:
-        """Decode sample number `sample` at (T, H, W).
+    def spare(self, sample: int, frames: int) -> int:
+        """Largest `start` at which the sample still has so many frames."""
+        return spare_frames(int(self.index.frames[sample]), float(self.index.fps[sample]), self.fps, frames)
+
+    def read(self, sample: int, shape: tuple[int, int, int], start: int = 0) -> Clip:
+        """Decode sample number `sample` at (T, H, W), from its own frame number `start` on.
 
         Raises:
             DamagedSample, BadVideo: its bytes are not what the index says, or do not decode.
         """
-        key = (sample, shape)
+        key = (sample, shape, start)
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
@@ -99,7 +103,7 @@ class ClipReader:
         media = self._shard(sample).read(
             int(index.media_offset[sample]), int(index.media_size[sample]), int(index.crc32c[sample])
         )
-        frames = resize_crop(decode_clip(media, frames=shape[0], fps=self.fps), shape[1:])
+        frames = resize_crop(decode_clip(media, frames=shape[0], fps=self.fps, start_frame_offset=start), shape[1:])
         clip = Clip(frames=frames, captions=list(meta.get("captions") or []), label=int(meta.get("label", -1)))
         if frames.nbytes <= self._cache_bytes:
             self._cache[key] = clip
@@ -170,7 +174,9 @@ class _MicroBatches(Dataset[ClipBatch | str]):
         sample = int(micro.samples[position])
         for attempt in range(MAX_REPLACEMENTS):
             try:
-                return sample, self.reader.read(sample, micro.shape)
+                spare = self.reader.spare(sample, micro.shape[0])
+                start = hash_seed(self.seed, step, position, "start") % (spare + 1)
+                return sample, self.reader.read(sample, micro.shape, start)
             except (DamagedSample, BadVideo) as error:
                 index = self.reader.index
                 shard = index.shard_paths[int(index.shard[sample])].name

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from sora_lite.data.buckets import frames_at
 from sora_lite.data.index import Index
 from sora_lite.data.loader import Clip, ClipBatch, ClipReader
 from sora_lite.data.shards import DamagedSample
@@ -76,15 +77,16 @@ class Objective(Protocol):
 class HeldOut:
     """A fixed set of clips, divided over the ranks into equally many batches.
 
-    The set is the first `count` samples of the index by key order (keys are hashes: a fair draw). Where ranks do not
-    divide it, some clips come twice, the second time with weight 0.
+    Of the samples that are long enough, the set is the first `count` by key order (keys are hashes: a fair draw). Where
+    ranks do not divide it, some clips come twice, the second time with weight 0.
     """
 
     def __init__(
         self, index: Index, *, count: int, shape: tuple[int, int, int], fps: float | None, rank: Rank, batch: int
     ) -> None:
         self._reader = ClipReader(index, fps=fps, cache_bytes=0)
-        chosen = np.argsort(index.keys)[:count]
+        fitting = np.flatnonzero(frames_at(index.frames, index.fps, fps) >= shape[0])
+        chosen = fitting[np.argsort(index.keys[fitting])[:count]]
         self.count = len(chosen)
         self.shape = shape
         self._shape, self._rank, self._batch = shape, rank, batch

@@ -75,9 +75,6 @@ class Trainer:
         self.config, self.objective, self.rank = config, objective, rank
         self.folder = Path(config.run.root) / config.run.name
         self.checkpoints = self.folder / "checkpoints"
-        if rank.is_main:
-            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
-            OmegaConf.save(OmegaConf.structured(config), self.folder / "config.yaml")
         index = load_split(config.data, "train")
         self.loader = make_loader(config, index, objective, rank)
         bucket = self.loader.order.buckets[0]
@@ -98,6 +95,10 @@ class Trainer:
         self.wandb_id: str | None = None
         self.seen = self.bad = 0
         self.step = self._resume()
+        # Only now: a command that is refused leaves no folder, and the record of what was trained as it is.
+        if rank.is_main:
+            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+            OmegaConf.save(OmegaConf.structured(config), self.folder / "config.yaml")
 
     # ------------------------------------------------------------------------------------------------ the loop
 

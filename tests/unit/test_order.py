@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sora_lite.data.buckets import Bucket, Row, assign, batch_for_tokens, frames_at, rows_from
+from sora_lite.data.buckets import Bucket, Row, assign, batch_for_tokens, frames_at, rows_from, spare_frames
 from sora_lite.data.order import Order, hash_seed, rank_positions
 from sora_lite.errors import UserError
 
@@ -128,3 +128,19 @@ def test_batch_from_tokens() -> None:
     rows = rows_from([((16, 16), 5, 1.0, None), ((16, 16), 1, 1.0, 24)], lambda t, h, w: t * h * w, 12_800, 8)
     assert [row.batch for row in rows] == [8, 24]
     assert frames_at(np.array([17, 30]), np.array([8.0, 29.97]), 4.0).tolist() == [9, 5]
+
+
+@given(
+    frames=st.integers(1, 200),
+    own=st.sampled_from([8.0, 24.0, 25.0, 29.97, 30.0]),
+    fps=st.sampled_from([None, 4.0, 8.0, 15.0, 16.0, 24.0]),
+    wanted=st.integers(1, 40),
+)
+def test_spare_frames_leave_just_enough(frames: int, own: float, fps: float | None, wanted: int) -> None:
+    def enough(count: int) -> bool:
+        return int(frames_at(np.array([count]), np.array([own]), fps)[0]) >= wanted
+
+    used = frames - spare_frames(frames, own, fps, wanted)
+    if used > 2:  # a clip of one frame counts as a still image
+        assert enough(used) or used == frames
+        assert not enough(used - 1) or not enough(frames)

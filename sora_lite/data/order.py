@@ -28,13 +28,11 @@ class MicroStep:
     """One batch over all ranks and accumulation passes.
 
     shape: (T, H, W). samples: int64 indices into the index, one per position. bucket: number of the bucket.
-    passes: number of the pass over the bucket that the first position belongs to.
     """
 
     shape: tuple[int, int, int]
     samples: np.ndarray
     bucket: int
-    passes: int
 
 
 class Order:
@@ -66,7 +64,12 @@ class Order:
         for one in np.unique(passes):
             chosen = passes == one
             samples[chosen] = self._permutation(number, int(one))[offsets[chosen]]
-        return [MicroStep(shape=bucket.shape, samples=samples, bucket=number, passes=int(passes[0]))]
+        return [MicroStep(shape=bucket.shape, samples=samples, bucket=number)]
+
+    def passes(self, step: int) -> float:
+        """How often the samples of this step's bucket have been seen when the step ends."""
+        number, earlier = self._bucket_of(step)
+        return (earlier + 1) * self.buckets[number].batch / len(self.buckets[number].samples)
 
     def replacement(self, bucket: int, step: int, position: int, attempt: int) -> int:
         """A sample of the same bucket to stand in for a damaged one: again a pure function."""

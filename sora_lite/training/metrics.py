@@ -61,7 +61,7 @@ def peak_flops(device: torch.device, configured_tflops: float | None) -> float:
     return _measured_peak(device)
 
 
-def _measured_peak(device: torch.device, side: int = 1024, repeats: int = 3) -> float:
+def _measured_peak(device: torch.device, side: int = 1024, repeats: int = 10) -> float:
     a = torch.ones(side, side, device=device)
 
     def product() -> Tensor:

@@ -185,16 +185,12 @@ class Trainer:
             "tflops_per_device": speed / 1e12,
             "mfu": speed / self._peak,
             "data_wait": clock.waited / seconds,
-            "pass": self._passes(),
+            "pass": self.loader.order.passes(self.step - 1),
         }
         clock.restart()
         if self.tracker:
             self.tracker.log(self.step, values)
         progress.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
-
-    def _passes(self) -> float:
-        """Passes over the data so far, over all buckets."""
-        return self.step * self.loader.order.buckets[0].batch / max(1, len(self.loader.index))
 
     def _validate(self) -> None:
         if self.validation.count == 0:

@@ -42,6 +42,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     call(folder, "sora-data", "digits", "videos", "clips=100")
     call(folder, "sora-data", "run", "videos", "shards")
     call(folder, "sora-lite", "train-vae", "experiment=tiny_vae", "data.shards=shards", "run.name=vae", "run.steps=4")
+    call(folder, "sora-lite", "export", "run=runs/vae")
     return Inputs(shards=folder / "shards", vae=folder / "runs/vae")
 
 

@@ -227,7 +227,7 @@ class VAEConfig:
     """Channels of the latent."""
     patch: int = 2
     """Pixels of a side that are folded into channels before the first convolution (space to depth)."""
-    widths: list[int] = field(default_factory=lambda: [128, 256, 384])
+    widths: list[int] = field(default_factory=lambda: [64, 128, 256])
     """Channels of each level, from fine to coarse."""
     strides: list[list[int]] = field(default_factory=lambda: [[2, 2], [2, 2]])
     """[time, space] factors (1 or 2) between one level and the next; with two 2s in time, T = 4k+1."""

@@ -7,6 +7,7 @@ run folder: RUN/
   samples/             contact sheets
 """
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -111,10 +112,14 @@ class Trainer:
         self._start_tracking()
         means, clock = Means(self.rank), Clock()
         batches = self.loader.steps(self.step, run.steps)
-        bar = tqdm(
-            total=run.steps, initial=self.step, desc=run.name, unit="step", disable=not self.rank.is_main, mininterval=1
-        )
-        with bar as progress:  # closed by an error too, whose message then has a line of its own
+        # Closed by an error too: its message then has a line of its own, and W&B keeps what it was told.
+        with contextlib.ExitStack() as ending:
+            if self.tracker:
+                ending.callback(self.tracker.finish)
+            main = self.rank.is_main
+            progress = ending.enter_context(
+                tqdm(total=run.steps, initial=self.step, desc=run.name, unit="step", disable=not main, mininterval=1)
+            )
             while self.step < run.steps:
                 wait = time.perf_counter()
                 micro_batches = next(batches)
@@ -138,8 +143,6 @@ class Trainer:
                 if self._due(run.save_every):
                     self._save()
                     clock.restart()
-        if self.tracker:
-            self.tracker.finish()
         self._say(f"{self.folder}: trained to step {self.step}")
 
     def _due(self, every: int) -> bool:

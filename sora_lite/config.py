@@ -121,7 +121,7 @@ class DataConfig:
     buckets: list[BucketRule] = MISSING
     """Bucket table. A sample goes to the first row that it is long enough for, nearest in aspect ratio."""
     batch_tokens: int = 32_768
-    """Tokens in a global micro-step (over all ranks), for rows that do not name a batch."""
+    """Tokens (of a VAE: latent cells) in a global micro-step over all ranks, for rows that do not name a batch."""
     divisor: int = 8
     """Batches are multiples of this, so that any rank count dividing it can run or resume the run."""
     block_shards: int = 8
@@ -345,7 +345,7 @@ class SamplingConfig:
     seed: int = 0
     """Seed of the initial noise; generation i uses its own draw, whatever the batch."""
     batch: int = 50
-    """Generations made at a time."""
+    """Generations made at a time; fewer where memory is short."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -434,7 +434,7 @@ class DemoConfig:
     clips: int = 5000
     """Clips to render."""
     ranks: int = 2
-    """Processes that train."""
+    """Processes that train; with GPUs at most one per GPU."""
     threads: int | None = None
     """CPU threads for everything that is not trained on several ranks."""
 
@@ -488,6 +488,11 @@ def check(config: object) -> None:
         _check_run(config)
     if isinstance(config, TrainConfig | InspectConfig):
         _check_dit(config.model)
+    if isinstance(config, TrainConfig):
+        diffusion = config.diffusion
+        _require(diffusion.shift > 0, "diffusion.shift", f"must be above 0, not {diffusion.shift}")
+        dropout = diffusion.condition_dropout
+        _require(0 <= dropout < 1, "diffusion.condition_dropout", f"must lie in [0, 1), not {dropout}")
     if isinstance(config, TrainVAEConfig):
         _check_vae(config.vae, config.data.buckets)
 
@@ -502,6 +507,11 @@ def _check_run(config: BaseTrainConfig) -> None:
     _require(bool(run.name) and "/" not in run.name, "run.name", f"{run.name!r} is no folder name; leave out slashes")
     for key in ("steps", "log_every", "save_every", "keep_last"):
         _require(getattr(run, key) >= 1, f"run.{key}", "must be at least 1")
+    for key in ("validate_every", "validation_samples", "sample_every"):
+        _require(getattr(run, key) >= 0, f"run.{key}", "must be at least 0")
+    _require(parallel.accumulation >= 1, "parallel.accumulation", f"must be at least 1, not {parallel.accumulation}")
+    _require(optim.lr > 0, "optim.lr", f"must be above 0, not {optim.lr}")
+    _require(optim.warmup_steps >= 0, "optim.warmup_steps", f"must be at least 0, not {optim.warmup_steps}")
     for key in ("batch_tokens", "divisor", "block_shards"):
         _require(getattr(data, key) >= 1, f"data.{key}", f"must be at least 1, not {getattr(data, key)}")
     _require(data.fps is None or data.fps > 0, "data.fps", f"must be above 0, or null, not {data.fps}")
@@ -533,6 +543,9 @@ def _check_dit(model: DiTConfig) -> None:
     _require(model.width % model.heads == 0, "model.heads", f"{model.heads} does not divide model.width={model.width}")
     head = model.width // model.heads
     _require(head % 2 == 0 and head >= 6, "model.heads", f"head width {head} must be even and at least 6 for 3-D RoPE")
+    if model.text is not None:
+        text = model.text
+        _require(text.width % text.heads == 0, "model.text.heads", f"{text.heads} does not divide {text.width}")
     _require(len(model.patch) == 3, "model.patch", f"must be [frames, height, width], not {model.patch}")
     _require(
         model.num_classes > 0 or model.text is not None,

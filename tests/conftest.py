@@ -13,6 +13,9 @@ from tiny_inputs import Tiny, make_vae
 # change with the machine's core count.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Everything is proven on CPUs, wherever the tests run: two ranks cannot share a GPU.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 # A W&B key of the person who runs the tests must not send their runs anywhere.
 os.environ.pop("WANDB_API_KEY", None)
 os.environ["NETRC"] = os.devnull

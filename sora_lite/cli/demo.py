@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from sora_lite.cli.compose import choices
 from sora_lite.config import DemoConfig
 from sora_lite.errors import UserError
@@ -45,9 +47,10 @@ def stages(config: DemoConfig) -> list[tuple[str, list[str], Path | None]]:
     lite = [sys.executable, "-m", "sora_lite.cli"]
     tools = [sys.executable, "-m", "data_tools"]
     launch = lite
-    if config.ranks > 1:
+    ranks = min(config.ranks, torch.cuda.device_count() or config.ranks)  # one process per GPU
+    if ranks > 1:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-        launch = [*torchrun, str(config.ranks), "-m", "sora_lite.cli"]
+        launch = [*torchrun, str(ranks), "-m", "sora_lite.cli"]
     shards = f"data.shards={data / 'shards'}"
     threads = f"threads={config.threads or 'null'}"
     prompts = [f"the digit {digit} moves {DIRECTIONS[i % 4]}" for i, digit in enumerate(DIGITS)]

@@ -38,16 +38,18 @@ def export(run: Path, out: Path | None, weights: str) -> Path:
         "fps": extra["fps"],
     }
     if kind == "vae":
+        if not extra["finished"]:
+            raise UserError(
+                f"{run}: is at step {state['step']} of {extra['config']['run']['steps']}, and the statistics of its "
+                "latents are measured at the end; let `sora-lite train-vae` finish, or lower run.steps and call it again"
+            )
         vae = CausalVAE(**objective["vae"])
         vae.load_state_dict(tensors)
         contract |= {"architecture": objective["vae"], "vae_fingerprint": vae.fingerprint()}
     else:
-        vae_from = Path(extra["config"]["vae_from"])
-        vae, vae_contract = exports.load_vae(vae_from)
+        vae, vae_contract = exports.load_vae(run / "vae")
         if vae_contract.vae_fingerprint != objective["vae_fingerprint"]:
-            raise UserError(
-                f"{vae_from}: is no longer the VAE that {run} was trained against; put that one back before exporting"
-            )
+            raise UserError(f"{run / 'vae'}: is not the VAE that {run} was trained against; put that one back")
         exports.write(out / "vae", vae_contract, vae.state_dict())
         contract |= {
             "architecture": objective["model"],

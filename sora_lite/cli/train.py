@@ -9,6 +9,7 @@ from sora_lite.data.loader import ClipLoader
 from sora_lite.data.shards import Manifest
 from sora_lite.errors import UserError
 from sora_lite.generation.export import load_vae
+from sora_lite.generation.export import write as write_export
 from sora_lite.parallel.env import Rank, init_rank, shutdown
 from sora_lite.training.objective import Objective
 from sora_lite.training.objective_dit import DiTObjective
@@ -32,11 +33,13 @@ def train(config: TrainConfig | TrainVAEConfig, rank: Rank) -> None:
     if isinstance(config, TrainVAEConfig):
         objective = VAEObjective(config.vae, config.loss, seed=config.run.seed, rank=rank)
     else:
-        vae, _ = load_vae(Path(config.vae_from))
+        vae, vae_contract = load_vae(Path(config.vae_from))
         objective = DiTObjective(config.model, config.diffusion, vae, seed=config.run.seed, rank=rank)
     check_buckets(config, objective)
     trainer = Trainer(config, objective, rank)
     if rank.is_main:
+        if isinstance(objective, DiTObjective):  # a run holds all that its export needs
+            write_export(trainer.folder / "vae", vae_contract, vae.state_dict())
         print("\n".join([*describe(trainer.loader), *missing_conditions(config)]))
     trainer.run()
 
@@ -70,6 +73,8 @@ def missing_conditions(config: BaseTrainConfig) -> list[str]:
     lines = []
     if config.model.text is not None and counts.get("clips_captioned") == 0:
         lines.append("model.text: no clip has a caption, so the model will not learn to follow prompts")
+    if config.model.num_classes == 0 and counts.get("clips_labelled", 0) > 0:
+        lines.append("model.num_classes: is 0, so the labels of the clips are not used")
     if config.model.num_classes > 0 and counts.get("clips_labelled") == 0:
         lines.append("model.num_classes: no clip has a label, so the model will not learn to follow labels")
     return lines

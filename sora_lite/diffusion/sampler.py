@@ -1,6 +1,7 @@
 """ODE samplers for dx/dt = velocity(x, t), from noise (t = 1) to data (t = 0). Free functions, one signature.
 
 `velocity(x, t)` takes x (B ...) and t (B) and returns a tensor like x. `times` is a decreasing grid from 1 to 0, as
+`timesteps.sampling_grid` makes it.
 """
 
 from collections.abc import Callable

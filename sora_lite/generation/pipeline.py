@@ -28,6 +28,11 @@ def seeded_normal(shape: Sequence[int], seeds: Sequence[int], device: torch.devi
     return torch.stack(draws).to(device)
 
 
+def clips_at_once(frames: int, height: int, width: int) -> int:
+    """How many clips a VAE codes in one call, so that its activations stay within some GiB."""
+    return max(1, 4_000_000 // (frames * height * width))
+
+
 def to_float(video: Tensor) -> Tensor:
     """uint8 [0, 255] to float32 [-1, 1]."""
     return video.float() / 127.5 - 1
@@ -138,5 +143,6 @@ class Pipeline:
                 seeds=seeds,
                 device=self.device,
             )
-            video = to_uint8(self.vae.decode(self.vae.denormalize(latents)))  # B 3 T H W
-            yield from video.permute(0, 2, 3, 4, 1).cpu()
+            for part in latents.split(clips_at_once(*clip)):
+                video = to_uint8(self.vae.decode(self.vae.denormalize(part)))  # b 3 T H W
+                yield from video.permute(0, 2, 3, 4, 1).cpu()

@@ -95,6 +95,11 @@ class CausalVAE(nn.Module):
         self.register_buffer("latent_mean", torch.zeros(latent_channels))
         self.register_buffer("latent_std", torch.ones(latent_channels))
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The residual blocks, whose activations are most of the memory."""
+        return [module for module in self.modules() if isinstance(module, ResBlock)]
+
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Latent shape (C, t, h, w) of a clip.
 

@@ -19,8 +19,8 @@ def apply_activation_checkpointing(model: nn.Module) -> None:
         TypeError: the model has no `blocks`.
     """
     blocks = getattr(model, "blocks", None)
-    if not isinstance(blocks, nn.ModuleList):
-        raise TypeError(f"{type(model).__name__} has no module list `blocks` to apply activation checkpointing to")
+    if not isinstance(blocks, nn.ModuleList | list):
+        raise TypeError(f"{type(model).__name__} has no list `blocks` to apply activation checkpointing to")
     for block in blocks:
         block.forward = _recomputed(block.forward)
 

@@ -201,6 +201,11 @@ def init_rank(device: str = "auto", threads: int | None = None) -> Rank:
     if threads is not None:
         torch.set_num_threads(threads)
     use_cuda = device != "cpu" and torch.cuda.is_available()
+    if use_cuda and place.launcher == "torchrun" and place.local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"{place.local_rank + 1} or more processes on a machine with {torch.cuda.device_count()} GPUs: start one "
+            "per GPU, or hide the GPUs by CUDA_VISIBLE_DEVICES= to train on CPUs"
+        )
     # Where Slurm shows each task its own GPU alone, every task's GPU has index 0.
     index = place.local_rank % torch.cuda.device_count() if use_cuda else place.local_rank
     if use_cuda:

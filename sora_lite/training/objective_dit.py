@@ -21,6 +21,7 @@ from sora_lite.evaluation.page import contact_sheet
 from sora_lite.generation.pipeline import (
     Request,
     check_requests,
+    clips_at_once,
     conditions,
     sample_latents,
     seeded_normal,
@@ -105,9 +106,17 @@ class DiTObjective:
     @torch.no_grad()
     def _latents(self, video: Tensor, seeds: list[int]) -> Tensor:
         """Normalised latents B C t h w, drawn from the posterior."""
-        posterior = self.vae.encode(to_float(video.to(self.rank.device, non_blocking=True)))
-        noise = seeded_normal(posterior.mean.shape[1:], seeds, self.rank.device)
-        return self.vae.normalize(posterior.sample(noise))
+        size = (video.shape[2], video.shape[3], video.shape[4])
+        noise = seeded_normal(self.vae.latent_shape(*size), seeds, self.rank.device)
+        at_once = clips_at_once(*size)
+        return torch.cat(
+            [
+                self.vae.normalize(self.vae.encode(to_float(some)).sample(draw))
+                for some, draw in zip(
+                    video.to(self.rank.device, non_blocking=True).split(at_once), noise.split(at_once), strict=True
+                )
+            ]
+        )
 
     def _predict(self, engine: Engine, x: Tensor, t: Tensor, labels: Tensor | None, text: Tensor | None) -> Tensor:
         return engine(x.to(next(engine.module.parameters()).dtype), t, labels, text).float()
@@ -176,8 +185,12 @@ class DiTObjective:
             device=self.rank.device,
         )
         if self.rank.is_main:
-            video = to_uint8(self.vae.decode(self.vae.denormalize(latents))).permute(0, 2, 3, 4, 1).cpu().numpy()
-            contact_sheet(list(video), [request.prompt or str(request.label) for request in requests]).save(path)
+            parts = latents.split(clips_at_once(*held_out.shape))
+            video = torch.cat([to_uint8(self.vae.decode(self.vae.denormalize(part))) for part in parts])
+            contact_sheet(
+                list(video.permute(0, 2, 3, 4, 1).cpu().numpy()),
+                [request.prompt or str(request.label) for request in requests],
+            ).save(path)
 
     def finish(self, engine: Engine, training: HeldOut) -> None:
         """Nothing to add to the weights."""

@@ -1,6 +1,7 @@
 """The record of a run, `metrics.jsonl`, and its view in Weights & Biases."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ class Tracker:
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Write one line. Values are numbers or short texts."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        # JSON knows no NaN: what is not finite is null in the record.
+        finite = {name: v if not isinstance(v, float) or math.isfinite(v) else None for name, v in values.items()}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
         if self._wandb:
             self._wandb.log(values, step=step)

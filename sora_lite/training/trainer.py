@@ -8,6 +8,7 @@ run folder: RUN/
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -94,7 +95,9 @@ class Trainer:
         )
         self.ema = EMA(self.engine, config.optim.ema_decay) if config.optim.ema_decay > 0 else None
         self.wandb_id: str | None = None
+        self.tracker: Tracker | None = None
         self.seen = self.bad = 0
+        self.finished = False
         self.step = self._resume()
         # Only now: a command that is refused leaves no folder, and the record of what was trained as it is.
         if rank.is_main:
@@ -107,8 +110,12 @@ class Trainer:
         """Train to `run.steps`, from the newest checkpoint if there is one."""
         run = self.config.run
         if self.step >= run.steps:
+            if not self.finished:  # run.steps was lowered to where the run is, or below
+                self._finish()
+                self._save()
             self._say(f"{self.folder}: already trained to step {self.step}")
             return
+        self.finished = False
         self._start_tracking()
         means, clock = Means(self.rank), Clock()
         batches = self.loader.steps(self.step, run.steps)
@@ -191,6 +198,8 @@ class Trainer:
             "pass": self.loader.order.passes(self.step - 1),
         }
         clock.restart()
+        if not math.isfinite(grad_norm):
+            self._say(f"step {self.step}: the gradients are not finite, so this update was skipped")
         if self.tracker:
             self.tracker.log(self.step, values)
         progress.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
@@ -215,6 +224,7 @@ class Trainer:
     def _finish(self) -> None:
         with self.engine.swapped(self.ema):
             self.objective.finish(self.engine, self.statistics)
+        self.finished = True
 
     # ------------------------------------------------------------------------------------------------ state
 
@@ -223,7 +233,7 @@ class Trainer:
         return {
             "kind": self.objective.name,
             "objective": self.objective.state(),
-            "order": self.loader.order.fingerprint(),
+            "order": [self.loader.order.fingerprint(), self.config.data.fps, self.config.data.flip],
             "data": self.loader.index.fingerprint(),
             "seed": self.config.run.seed,
         }
@@ -232,7 +242,8 @@ class Trainer:
         extra = {
             "must_agree": self._state(),
             "config": OmegaConf.to_container(OmegaConf.structured(self.config), resolve=True, enum_to_str=True),
-            "wandb_id": self.rank.gather(self.tracker.wandb_id if self.tracker else None)[0],
+            "wandb_id": self.rank.gather(self.tracker.wandb_id if self.tracker else self.wandb_id)[0],
+            "finished": self.finished,
             "clip": list(self.loader.order.buckets[0].shape),
             "fps": self.config.data.fps or 0.0,
         }
@@ -248,9 +259,12 @@ class Trainer:
 
     def _resume(self) -> int:
         """Load the newest checkpoint, if there is one. Returns the step that it was made at."""
-        path = checkpoint.latest(self.checkpoints)
-        if path is None:
+        # Rank 0 looks, since a network file system may not show all nodes the same.
+        found = self.rank.together(lambda: checkpoint.latest(self.checkpoints) if self.rank.is_main else None)
+        name = self.rank.gather(found.name if found else None)[0]
+        if name is None:
             return 0
+        path = self.checkpoints / name
         state = checkpoint.load(
             path,
             {self.objective.name: self.engine},
@@ -258,6 +272,7 @@ class Trainer:
             check=lambda state: self._check_agrees(path, state["extra"]["must_agree"]),
         )
         self.wandb_id = state["extra"]["wandb_id"]
+        self.finished = state["extra"]["finished"]
         self._say(f"{self.folder}: goes on from step {state['step']}")
         return int(state["step"])
 
@@ -268,7 +283,7 @@ class Trainer:
             ("objective", "another model or VAE"),
             ("seed", "another run.seed"),
             ("data", "other shards"),
-            ("order", "other data settings (buckets, batch, fps or shuffling)"),
+            ("order", "other data settings (buckets, batch, fps, flip or shuffling)"),
         ):
             if saved[key] != now[key]:
                 raise UserError(
@@ -277,7 +292,6 @@ class Trainer:
                 )
 
     def _start_tracking(self) -> None:
-        self.tracker: Tracker | None = None
         self._peak = peak_flops(self.rank.device, self.config.logging.peak_tflops)
         self._flops: dict[tuple[int, ...], int] = {}
         if self.rank.is_main:

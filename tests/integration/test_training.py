@@ -1,0 +1,77 @@
+"""What training leaves behind: the statistics that a DiT relies on, and sane losses under bf16."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_inputs import Tiny, call
+
+from sora_lite.cli import train
+from sora_lite.data.index import Index
+from sora_lite.data.loader import ClipReader
+from sora_lite.evaluation.record import RECORD, read_record
+from sora_lite.generation.export import load_vae
+from sora_lite.generation.pipeline import to_float
+from sora_lite.training.trainer import Trainer
+
+
+def settings(tiny: Tiny, root: Path, *more: str) -> list[str]:
+    return ["experiment=tiny_vae", f"data.shards={tiny.shards}", f"run.root={root}", "run.steps=4", *more]
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_trained_statistics_are_those_of_the_latents(stage: int, tiny: Tiny, tmp_path: Path) -> None:
+    assert call("train-vae", *settings(tiny, tmp_path, f"parallel=zero{stage}")) == 0
+    assert call("export", f"run={tmp_path / 'tiny_vae'}") == 0
+    vae, _ = load_vae(tmp_path / "tiny_vae")
+    index = Index.load(tiny.shards, "train")
+    reader = ClipReader(index, fps=None, cache_bytes=0)
+    clips = np.stack([reader.read(sample, (17, 32, 32)).frames for sample in range(len(index))])
+    with torch.no_grad():
+        posterior = vae.encode(to_float(torch.from_numpy(clips).permute(0, 4, 1, 2, 3)))
+        noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(0))
+        latents = vae.normalize(posterior.sample(noise))
+    variance, mean = torch.var_mean(latents, (0, 2, 3, 4))
+    assert not torch.equal(vae.latent_std, torch.ones_like(vae.latent_std))
+    torch.testing.assert_close(mean, torch.zeros_like(mean), rtol=0, atol=0.05)
+    torch.testing.assert_close(variance, torch.ones_like(variance), rtol=0, atol=0.08)
+
+
+class Stopped(Trainer):
+    """Ends as by Ctrl-C once there is a checkpoint."""
+
+    def _save(self) -> None:
+        super()._save()
+        raise KeyboardInterrupt
+
+
+def test_an_unfinished_vae_is_not_exported(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "Trainer", Stopped)
+        assert call("train-vae", *settings(tiny, tmp_path, "run.save_every=1")) == 130
+    assert call("export", f"run={tmp_path / 'tiny_vae'}") == 2
+    assert "let `sora-lite train-vae` finish" in capsys.readouterr().err
+    # lowered to where it is, the run ends and can be exported
+    assert call("train-vae", *settings(tiny, tmp_path, "run.steps=1")) == 0
+    assert call("export", f"run={tmp_path / 'tiny_vae'}") == 0
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_bf16_trains_both(stage: int, tiny: Tiny, tmp_path: Path) -> None:
+    more = (f"parallel=zero{stage}", "parallel.precision=bf16", "parallel.activation_checkpointing=true")
+    assert call("train-vae", *settings(tiny, tmp_path, *more)) == 0
+    dit = [
+        "experiment=tiny",
+        f"vae_from={tiny.vae}",
+        f"data.shards={tiny.shards}",
+        f"run.root={tmp_path}",
+        "run.steps=3",
+    ]
+    assert call("train", *dit, "run.sample_every=3", *more) == 0
+    for name in ("tiny_vae", "tiny"):
+        losses = [line["loss"] for line in read_record(tmp_path / name / RECORD) if "loss" in line]
+        assert len(losses) >= 3
+        assert all(loss is not None and loss < 4 for loss in losses)

@@ -41,7 +41,7 @@ def export(run: Path, out: Path | None, weights: str) -> Path:
         if not extra["finished"]:
             raise UserError(
                 f"{run}: is at step {state['step']} of {extra['config']['run']['steps']}, and the statistics of its "
-                "latents are measured at the end; let `sora-lite train-vae` finish, or lower run.steps and call it again"
+                "latents are measured at the end; let `sora-lite train-vae` finish, or lower run.steps and repeat it"
             )
         vae = CausalVAE(**objective["vae"])
         vae.load_state_dict(tensors)

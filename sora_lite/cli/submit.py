@@ -127,7 +127,7 @@ def _check_sizes(config: BaseTrainConfig) -> None:
     for i, rule in enumerate(config.data.buckets):
         if rule.batch is None and config.data.divisor % passes:
             raise UserError(
-                f"data.divisor: batches from data.batch_tokens are multiples of {config.data.divisor}, and slurm.nodes x "
+                f"data.divisor: batches from data.batch_tokens are multiples of {config.data.divisor}; slurm.nodes x "
                 f"slurm.tasks_per_node x parallel.accumulation = {passes} must divide that; set data.divisor={passes}"
             )
         if rule.batch is not None and rule.batch % passes:

@@ -78,5 +78,5 @@ def test_activation_checkpointing_changes_nothing_but_memory() -> None:
         assert torch.equal(plain, recomputed)  # dropout included
     with torch.no_grad():
         assert model(torch.ones(7, 3)).shape == (7, 3)
-    with pytest.raises(TypeError, match="no module list `blocks`"):
+    with pytest.raises(TypeError, match="no list `blocks`"):
         apply_activation_checkpointing(nn.Linear(1, 1))

@@ -17,6 +17,7 @@ import pytest
 import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from odd_videos import audio_only
 from PIL import Image
 
 from data_tools.cli import main
@@ -42,17 +43,6 @@ def numbers(clip: np.ndarray) -> list[int]:
 
 def noise(seed: int, frames: int = 17) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 255, (frames, 64, 64, 3), dtype=np.uint8)
-
-
-def audio_only() -> bytes:
-    out = io.BytesIO()
-    with av.open(out, "w", format="mp4") as muxer:
-        stream = muxer.add_stream("aac", rate=16_000)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
-        frame.sample_rate, frame.pts = 16_000, 0
-        muxer.mux(stream.encode(frame))
-        muxer.mux(stream.encode())
-    return out.getvalue()
 
 
 def header_last(frames: np.ndarray) -> bytes:

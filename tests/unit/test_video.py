@@ -8,6 +8,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from odd_videos import audio_only
 from PIL import Image
 
 from sora_lite.data import video
@@ -197,17 +198,6 @@ def test_still_images_are_clips_of_one_frame(ext: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ bad input
-
-
-def audio_only() -> bytes:
-    out = io.BytesIO()
-    with av.open(out, "w", format="mp4") as muxer:
-        stream = muxer.add_stream("aac", rate=16_000)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
-        frame.sample_rate, frame.pts = 16_000, 0
-        muxer.mux(stream.encode(frame))
-        muxer.mux(stream.encode())
-    return out.getvalue()
 
 
 def textured() -> np.ndarray:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.config import PrepareConfig, help_text, parse
+from data_tools.config import DataConfig, help_text, parse
 from sora_lite.cli import run_verb
+from sora_lite.errors import UserError
 
 
 @dataclass(kw_only=True, slots=True)
@@ -33,66 +34,134 @@ class Verb:
     """What the command line says and takes for one verb."""
 
     line: str
-    folders: list[str]
-    settings: type
+    words: list[str]
+    """What stands before the settings."""
+    settings: type | None = DataConfig
+    """None: further words instead."""
 
 
+STAGES = {
+    "probe": "hash and decode every file, and say what is in it",
+    "split": "find the shots, and cut them into clips",
+    "score": "measure motion, sharpness, bars and the like of every clip",
+    "filter": "leave out clips by their scores",
+    "dedupe": "leave out copies, exact and near",
+    "caption": "get a caption for every clip",
+    "pack": "encode the clips into shards",
+}
 VERBS = {
     "run": Verb(
-        line="probe, split and pack a folder of videos into shards; called again, it goes on where it stopped",
-        folders=["VIDEOS", "SHARDS"],
-        settings=PrepareConfig,
+        line="all stages: a folder or list of videos becomes shards; called again, it goes on where it stopped",
+        words=["VIDEOS", "SHARDS"],
     ),
+    **{
+        stage: Verb(line=line, words=["VIDEOS", "SHARDS"] if stage == "probe" else ["SHARDS"])
+        for stage, line in STAGES.items()
+    },
+    "report": Verb(line="write report.html: histograms, thresholds, frames on both sides of them", words=["SHARDS"]),
     "verify": Verb(
         line="check every checksum, and that every clip decodes to what is promised",
-        folders=["SHARDS"],
+        words=["SHARDS"],
         settings=VerifyConfig,
     ),
+    "quarantine": Verb(line="list what could not be used, or let it be tried again", words=["list|retry", "SHARDS"]),
+    "remove": Verb(
+        line="take clips (by key) or sources (16 digits) down: readers leave them out from now on",
+        words=["SHARDS"],
+        settings=None,
+    ),
+    "compact": Verb(line="write shards anew without what was taken down", words=["SHARDS"], settings=None),
     "digits": Verb(
         line="render the demo's data set: handwritten digits that move, as labelled mp4 files",
-        folders=["OUT"],
+        words=["OUT"],
         settings=DigitsConfig,
     ),
+    "work": Verb(line="do one part of a list of work (what a Slurm array task runs)", words=["LIST"], settings=None),
 }
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `sora-data`. Returns the exit status: 2 for what the user can mend, 130 after Ctrl-C."""
     arguments = _parser().parse_args(sys.argv[1:] if argv is None else argv)
-    return run_verb(lambda: _call(arguments))
+    return run_verb(lambda: _call(arguments.verb, arguments.words, arguments.rest))
 
 
-def _call(arguments: argparse.Namespace) -> None:
-    verb = VERBS[arguments.verb]
-    paths = [Path(getattr(arguments, name)) for name in verb.folders]
-    settings: Any = parse(verb.settings, arguments.settings)
-    match arguments.verb:
-        case "run":
-            from data_tools.run import run
-
-            run(paths[0], paths[1], settings)
+def _call(verb: str, words: list[str], rest: list[str]) -> None:
+    last = Path(words[-1])
+    settings: Any = parse(schema, rest) if (schema := VERBS[verb].settings) else None
+    if verb in STAGES or verb in ("run", "report"):
+        _stage(verb, words, last, settings, rest)
+        return
+    match verb:
         case "verify":
             from data_tools.verify import verify
 
-            verify(paths[0], settings.workers)
+            verify(last, settings.workers)
+        case "quarantine":
+            from data_tools import quarantine
+            from data_tools.job import Job
+
+            job = Job.resume(last, rest)
+            with job.alone():
+                {"list": quarantine.show, "retry": quarantine.retry}[words[0]](job)
+        case "remove" | "compact":
+            from data_tools import takedown
+            from data_tools.job import locked
+
+            with locked(last):
+                takedown.remove(last, rest) if verb == "remove" else takedown.compact(last)
         case "digits":
             from data_tools.digits import render
 
-            render(paths[0], settings.clips, settings.seed)
+            render(last, settings.clips, settings.seed)
+        case "work":
+            from data_tools.slurm import work_chunk
+
+            work_chunk(last)
+
+
+def _stage(verb: str, words: list[str], folder: Path, settings: DataConfig, rest: list[str]) -> None:
+    """A stage alone goes on with the settings of the call before; `run` says all of them."""
+    from data_tools import report
+    from data_tools.job import Job
+
+    begins = verb in ("run", "probe")
+    job = Job(folder, settings) if begins else Job.resume(folder, rest)
+    with job.alone():
+        if begins:
+            job.list_sources(words[0])
+        if verb == "report":
+            print(f"{report.write(job, job.run('dedupe', ()))}: open it in a browser")
+            return
+        plan = job.run("pack") if verb == "run" else job.run(verb, (verb,))
+        report.save(job, plan)
+        print(report.summary(plan, job.folder))
+        if verb in ("run", "pack") and not job.packed_anything():
+            raise UserError(f"none of the {len(plan.sources)} sources gives a clip; the reasons stand above.")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sora-data", description="From videos to verified training shards.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, verb in VERBS.items():
+        settings = f"settings, as KEY=VALUE:\n{help_text(verb.settings)}" if verb.settings else None
         one = verbs.add_parser(
             name,
             help=verb.line,
             description=verb.line,
-            epilog=f"settings, as KEY=VALUE:\n{help_text(verb.settings)}",
+            epilog=settings,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        for folder in verb.folders:
-            one.add_argument(folder)
-        one.add_argument("settings", nargs="*", default=[], metavar="KEY=VALUE")
+        for word in verb.words:
+            one.add_argument("words", action=_Append, choices=word.split("|") if "|" in word else None, metavar=word)
+        one.add_argument("rest", nargs="*", default=[], metavar="KEY=VALUE" if verb.settings else "KEY")
     return parser
+
+
+class _Append(argparse.Action):
+    """Positional words one after the other into one list, each with its own name in the help."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        setattr(namespace, self.dest, [*(getattr(namespace, self.dest, None) or []), values])

@@ -1,180 +1,212 @@
-"""Third stage: encode the planned clips and write them into shards, one after the other.
+"""Encode the clips of a plan, and put them into shards in its order.
 
-The plan is a fixed list of clips, and shards take them in its order. So what stands in the manifest says how far an
-earlier run came, and the rest of the shards become the same bytes, whoever writes them and however often it is stopped.
+Workers encode stretches of clips, in any order, into parts: small tars under the work folder, each whole or absent.
+Shards take the clips from there in the order of the plan. So the shards are the same bytes whoever encodes, and a kill
+costs no more than the stretches that were being encoded.
 """
 
 import hashlib
+import io
+import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import asdict
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
-from data_tools.config import PrepareConfig
-from data_tools.pool import ordered_map
-from data_tools.probe import Probed
-from data_tools.sources import Source
-from data_tools.split import Tiling
-from sora_lite.data.shards import SCHEMA_VERSION, Manifest, Sample, ShardWriter, to_json
-from sora_lite.data.video import STILLS, BadVideo, VideoFacts, encode_mp4, encode_png, read_frames
-from sora_lite.errors import UserError
+from data_tools.config import DataConfig, Executor
+from data_tools.plan import Fate, Plan, Rows, clip_size, crop_box, cropped, meta
+from data_tools.pool import Rows as WorkRows
+from data_tools.pool import Task, beat
+from data_tools.sources import open_source
+from data_tools.split import Clip, picks_of, stretch_task, stretches
+from data_tools.state import Table, Unit, outcomes, rows_of
+from sora_lite.data.index import read_index
+from sora_lite.data.shards import Manifest, Sample, ShardWriter, replace_file
+from sora_lite.data.video import Box, cut_clips
 
-CHUNK = 16
-"""Most clips that a worker encodes, and holds as files in memory, before it hands them over."""
-
-
-@dataclass(kw_only=True, slots=True)
-class Planned:
-    """One source with the clips to be made of it."""
-
-    source: Source
-    probed: Probed
-    tiling: Tiling
-    split: str
-    config: PrepareConfig
-
-    @property
-    def clips(self) -> int:
-        return len(self.tiling.bounds) - 1
-
-    @property
-    def facts(self) -> VideoFacts:
-        assert self.probed.facts is not None
-        return self.probed.facts
-
-    def picks(self, clip: int) -> np.ndarray:
-        """Source frames of a clip."""
-        return self.tiling.picks[self.tiling.bounds[clip] : self.tiling.bounds[clip + 1]]
-
-    def key(self, clip: int) -> str:
-        """Made from content alone: the source's hash and the times of the clip's first and last frame."""
-        picks, pts = self.picks(clip), self.facts.pts
-        return f"{self.probed.sha256[:16]}_{pts[picks[0]]}_{pts[picks[-1]]}"
-
-    def meta(self, clip: int) -> dict[str, Any]:
-        """Content of KEY.json. What is not known is left out."""
-        picks, facts, row = self.picks(clip), self.facts, self.source.row
-        source = {"id": self.source.name, "sha256": self.probed.sha256, "licence": self.config.licence}
-        optional = {"captions": row.captions, "label": row.label, "group": row.group, "extra": row.extra}
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "source": {name: value for name, value in source.items() if value is not None},
-            "start_pts": int(facts.pts[picks[0]]),
-            "end_pts": int(facts.pts[picks[-1]]),
-            "time_base": str(facts.time_base),
-            "frames": len(picks),
-            "fps": float(self.tiling.fps),
-            "height": self.tiling.size[0],
-            "width": self.tiling.size[1],
-            "sar": str(facts.sar),
-            "rotation": facts.rotation,
-            "config_hash": self.config.hash(),
-            **{name: value for name, value in optional.items() if value is not None and value not in ([], {})},
-        }
+PARTS = "parts"
 
 
-@dataclass(kw_only=True, slots=True)
-class Task:
-    """Some consecutive clips of one source: what a worker does at a time."""
+def units(clips: list[Clip], scores: Rows, parts: Path, config: DataConfig) -> list[Unit]:
+    """The work of encoding clips; those of a stretch that share a crop box go together."""
+    found = []
+    for stretch in stretches(clips):
+        boxes: dict[Box | None, list[Clip]] = {}
+        for clip in stretch:
+            box = crop_box(scores[clip.key], clip.media, config)
+            boxes.setdefault(box, []).append(clip)
+        for box, alike in boxes.items():
+            media = alike[0].media
+            keys = [clip.key for clip in alike]
+            name = hashlib.sha256(" ".join(keys).encode()).hexdigest()[:32]
+            task = {
+                **stretch_task(alike),
+                "out": str(parts / f"{name}.tar"),
+                "crop": box and asdict(box),
+                "size": clip_size(media, cropped(scores[keys[0]], media, config), config),
+                "crf": config.pack.crf,
+                "preset": config.pack.preset,
+                "ext": "png" if media.still else "mp4",
+            }
+            found.append(Unit(keys=keys, task=task))
+    return found
 
-    planned: Planned
-    first: int
-    last: int
-    """One past the last clip."""
+
+def work(task: Task) -> WorkRows:
+    """Decode a stretch of a source once, and write its encoded clips into a part."""
+    facts, picks = picks_of(task)
+    part = io.BytesIO()
+    with (
+        open_source(task["location"]) as file,
+        tarfile.open(fileobj=part, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
+        encoded = cut_clips(
+            file,
+            pts=facts.pts,
+            clips=picks,
+            size=tuple(task["size"]),
+            crop=task["crop"] and Box(**task["crop"]),
+            fps=Fraction(task["fps"]),
+            crf=task["crf"],
+            preset=task["preset"],
+            beat=beat,
+        )
+        for clip, media in zip(task["clips"], encoded, strict=True):
+            member = tarfile.TarInfo(f"{clip['key']}.{task['ext']}")
+            member.size = len(media)
+            tar.addfile(member, io.BytesIO(media))
+    replace_file(Path(task["out"]), part.getvalue())
+    return [{"key": clip["key"]} for clip in task["clips"]]
 
 
-def plan_hash(plan: list[Planned]) -> str:
-    """SHA-256 of everything that will stand in the shards but for the pixels."""
-    digest = hashlib.sha256()
-    for planned in plan:
-        for clip in range(planned.clips):
-            digest.update(to_json({"split": planned.split, "key": planned.key(clip), **planned.meta(clip)}))
-    return digest.hexdigest()
+class Parts:
+    """Encoded clips that are in no shard yet."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.places: dict[str, tuple[Path, str, int, int]] = {}
+        """Key -> part, extension, offset, size."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob("*.partial"):
+            leftover.unlink()
+        for path in folder.glob("*.tar"):
+            self.take(path)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.places
+
+    def take(self, path: Path) -> None:
+        """Know what is in a part. One that is damaged is dropped, and its clips are encoded again."""
+        try:
+            with tarfile.open(path, "r:") as tar:
+                for member in tar:
+                    key, _, ext = member.name.rpartition(".")
+                    self.places[key] = (path, ext, member.offset_data, member.size)
+        except tarfile.TarError:
+            path.unlink()
+
+    def read(self, key: str) -> tuple[str, bytes]:
+        """Extension and content of a clip."""
+        path, ext, offset, size = self.places[key]
+        with path.open("rb") as file:
+            file.seek(offset)
+            return ext, file.read(size)
+
+    def drop(self, keys: list[str]) -> None:
+        """Delete the parts of which nothing else is left."""
+        paths = {self.places.pop(key)[0] for key in keys}
+        for path in paths - {place[0] for place in self.places.values()}:
+            path.unlink()
 
 
-def pack(plan: list[Planned], folder: Path, manifest: Manifest, config: PrepareConfig) -> None:
-    """Write what is planned but not yet in the manifest, committing each shard as it fills up."""
+def pack(plan: Plan, captions: dict[str, list[str]], folder: Path, table: Table, config: DataConfig) -> None:
+    """Encode and write what is planned and in no shard yet, committing each shard as it fills up."""
+    manifest = Manifest.load(folder)
     for leftover in folder.glob("*.partial"):
         leftover.unlink()
-    tasks = list(_remaining(plan, dict(manifest.splits)))
-    total = sum(task.last - task.first for task in tasks)
-    writers: dict[str, ShardWriter] = {}
-    try:
-        with tqdm(total=total, desc="pack", unit="clip", mininterval=0.5) as bar:
-            for task, samples in zip(tasks, ordered_map(encode, tasks, config.workers), strict=True):
-                for sample in samples:
-                    _add(sample, task.planned.split, folder, manifest, writers, config.shard_mb * 2**20)
-                    bar.update()
-        for split in sorted(writers):
-            _commit(split, folder, manifest, writers)
-    finally:
-        for writer in writers.values():
+    parts = Parts(table.folder / PARTS)
+    failed = {key: row["reason"] for key, row in table.read().items() if row["reason"]}
+    shards = _Shards(folder, manifest, parts, config)
+    clips = [clip for clip in plan.left() if clip.key not in shards.committed]
+    missing = [clip for clip in clips if clip.key not in failed and clip.key not in parts]
+    todo = units(missing, plan.scores, parts.folder, config)
+    with tqdm(total=len(missing), desc="pack", unit="clip", mininterval=0.5) as bar:
+        if config.executor is Executor.slurm and todo:
+            from data_tools.slurm import run_array
+
+            run_array(table, "encode", todo, config, bar.update)
+            failed |= {key: row["reason"] for key, row in table.read().items() if row["reason"]}
+            for path in parts.folder.glob("*.tar"):
+                parts.take(path)
+            todo = []
+        encoded = _encoded(todo, parts, table, failed, config, bar)
+        try:
+            for clip in clips:
+                while clip.key not in parts and clip.key not in failed:
+                    if next(encoded, None) is None:
+                        raise RuntimeError(f"{clip.key} was encoded and is in no part")
+                if clip.key in failed:
+                    continue
+                ext, media = parts.read(clip.key)
+                content = meta(clip, plan.scores[clip.key], captions.get(clip.key, []), config)
+                shards.add(Sample(key=clip.key, ext=ext, media=media, meta=content), plan.splits[clip.media.sha256])
+            shards.commit_all()
+        finally:
+            encoded.close()
+            shards.discard()
+    for clip in plan.left():
+        if clip.key in failed:
+            plan.clip_fates[clip.key] = Fate(kind="quarantined", reason=failed[clip.key], stage="encode")
+
+
+def _encoded(
+    todo: list[Unit], parts: Parts, table: Table, failed: dict[str, str], config: DataConfig, bar: Any
+) -> Iterator[Unit]:
+    """Encode units; each is yielded when its part, or the reason why there is none, is known."""
+    for unit, outcome in outcomes(work, todo, config):
+        bar.update(len(unit.keys))
+        if outcome.reason:
+            table.append(rows_of(outcome, unit))
+            failed |= dict.fromkeys(unit.keys, outcome.reason)
+        else:
+            parts.take(Path(unit.task["out"]))
+        yield unit
+
+
+class _Shards:
+    """The open shard of each split."""
+
+    def __init__(self, folder: Path, manifest: Manifest, parts: Parts, config: DataConfig) -> None:
+        self.folder, self.manifest, self.parts = folder, manifest, parts
+        self.limit = config.pack.shard_mb * 2**20
+        self.writers: dict[str, ShardWriter] = {}
+        self.committed = {key for one in manifest.pending for key in read_index(folder, one)["key"].to_pylist()}
+
+    def add(self, sample: Sample, split: str) -> None:
+        """Append a clip to the shard of its split, which is closed before it grows too large."""
+        if split in self.writers and self.writers[split].bytes + len(sample.media) > self.limit:
+            self._commit(split)
+        if split not in self.writers:
+            entries = [*self.manifest.shards, *self.manifest.pending]
+            number = 1 + max((int(one.path[len(split) + 1 :][:6]) for one in entries if one.split == split), default=-1)
+            self.writers[split] = ShardWriter(self.folder / f"{split}-{number:06d}.tar", split)
+        self.writers[split].add(sample)
+
+    def commit_all(self) -> None:
+        """Close what is open."""
+        for split in sorted(self.writers):
+            self._commit(split)
+
+    def discard(self) -> None:
+        """Drop what is open: its clips are still in their parts."""
+        for writer in self.writers.values():
             writer.discard()
 
-
-def encode(task: Task) -> list[Sample]:
-    """Decode a stretch of a source once and encode its clips. Raises UserError if the file is not what it was."""
-    planned, samples = task.planned, []
-    frames = _frames(planned, task.first, task.last)
-    for clip in range(task.first, task.last):
-        shown = islice(frames, len(planned.picks(clip)))
-        if planned.facts.container in STILLS:
-            ext, media = "png", encode_png(next(shown))
-        else:
-            ext, media = "mp4", encode_mp4(shown, planned.tiling.fps, planned.config.crf, planned.config.preset)
-        samples.append(Sample(key=planned.key(clip), ext=ext, media=media, meta=planned.meta(clip)))
-    return samples
-
-
-def _frames(planned: Planned, first: int, last: int) -> Iterator[np.ndarray]:
-    """The output frames of clips first to last - 1, each source frame repeated as often as it is picked."""
-    picks, pts = planned.tiling.picks[planned.tiling.bounds[first] : planned.tiling.bounds[last]], planned.facts.pts
-    path, height, width = planned.source.path, *planned.tiling.size
-    stored = planned.facts.height, planned.facts.width
-    # a side that is only odd loses its last row; it is not worth a rescaling
-    crop = planned.facts.sar == 1 and stored[0] - height < 2 and stored[1] - width < 2
-    wanted, counts = np.unique(picks, return_counts=True)
-    shown = dict(zip(wanted.tolist(), counts.tolist(), strict=True))
-    reader = read_frames(path, size=None if crop else planned.tiling.size, start=int(pts[wanted[0]]))
-    try:
-        for number, (time, frame) in enumerate(reader, start=int(wanted[0])):
-            if number >= len(pts) or time != pts[number]:
-                raise BadVideo(f"frame {number} is not where it was")
-            for _ in range(shown.get(number, 0)):
-                yield frame[:height, :width]
-            if number == wanted[-1]:
-                return
-        raise BadVideo(f"frame {wanted[-1]} is not there any more")
-    except (BadVideo, OSError) as error:
-        raise UserError(f"{path}: changed since it was probed ({error}); run the same command again.") from error
-
-
-def _remaining(plan: list[Planned], committed: dict[str, int]) -> Iterator[Task]:
-    """Tasks for all clips but the first `committed[split]` of each split."""
-    for planned in plan:
-        done = min(committed.get(planned.split, 0), planned.clips)
-        if done:
-            committed[planned.split] -= done
-        for first in range(done, planned.clips, CHUNK):
-            yield Task(planned=planned, first=first, last=min(first + CHUNK, planned.clips))
-
-
-def _add(
-    sample: Sample, split: str, folder: Path, manifest: Manifest, writers: dict[str, ShardWriter], limit: int
-) -> None:
-    if split in writers and writers[split].bytes + len(sample.media) > limit:
-        _commit(split, folder, manifest, writers)
-    if split not in writers:
-        number = sum(entry.split == split for entry in manifest.shards)
-        writers[split] = ShardWriter(folder / f"{split}-{number:06d}.tar", split)
-    writers[split].add(sample)
-
-
-def _commit(split: str, folder: Path, manifest: Manifest, writers: dict[str, ShardWriter]) -> None:
-    manifest.shards = sorted([*manifest.shards, writers[split].close()], key=lambda entry: entry.path)
-    del writers[split]
-    manifest.save(folder)
+    def _commit(self, split: str) -> None:
+        writer = self.writers.pop(split)
+        self.manifest.pending.append(writer.close())
+        self.manifest.save(self.folder)
+        self.parts.drop([key for key in writer.keys if key in self.parts])

@@ -1,101 +1,110 @@
-"""First stage: hash and decode every source once, and remember what was found."""
+"""First stage: hash every source, decode all of it once, and remember what was found."""
 
 import hashlib
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import os
+from dataclasses import asdict, dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from tqdm import tqdm
+import pyarrow as pa
 
-from data_tools.pool import ordered_map
-from data_tools.sources import Source
-from sora_lite.data.shards import to_json
-from sora_lite.data.video import BadVideo, VideoFacts, probe
+from data_tools.config import ProbeConfig
+from data_tools.pool import Rows, Task, beat
+from data_tools.sources import Source, open_source
+from data_tools.state import Unit
+from sora_lite.data.video import BadVideo, Limits, VideoFacts, probe
+
+SCHEMA = pa.schema(
+    [
+        ("sha256", pa.string()),
+        ("container", pa.string()),
+        ("codec", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("sar", pa.string()),
+        ("rotation", pa.int32()),
+        ("time_base", pa.string()),
+        ("average_rate", pa.string()),
+        ("bit_depth", pa.int32()),
+        ("hdr", pa.bool_()),
+        ("interlaced", pa.bool_()),
+        ("variable_rate", pa.bool_()),
+        ("frames_hash", pa.string()),
+        ("start", pa.int64()),
+        ("steps", pa.list_(pa.int64())),
+        ("repeats", pa.list_(pa.int64())),
+    ]
+)
+"""Times are kept as their differences in runs: `repeats[i]` frames in a row, each `steps[i]` ticks after the last."""
+
+_PLAIN = ("container", "codec", "width", "height", "rotation", "bit_depth", "hdr", "interlaced", "variable_rate")
+_FRACTIONS = ("sar", "time_base", "average_rate")
+_BLOCK = 1 << 24
 
 
 @dataclass(kw_only=True, slots=True)
 class Probed:
-    """What is known of a file: its hash, and either what decoding it showed or why that failed."""
+    """What is known of a good file: its hash, and what decoding it showed (as JSON's types; `facts` unfolds it)."""
 
     sha256: str
-    facts: VideoFacts | None = None
-    reason: str = ""
+    row: dict[str, Any]
 
-    def to_row(self) -> dict[str, Any]:
-        """As JSON. Times are stored as their differences in runs, [difference, how often], which is short."""
-        row: dict[str, Any] = {"sha256": self.sha256, "reason": self.reason}
-        if (facts := self.facts) is not None:
-            steps = np.diff(facts.pts)
-            starts = np.flatnonzero(np.diff(steps, prepend=0)) if len(steps) else np.zeros(0, dtype=np.int64)
-            lengths = np.diff(starts, append=len(steps))
-            row["facts"] = {
-                **{name: getattr(facts, name) for name in ("container", "codec", "width", "height", "rotation")},
-                **{name: str(getattr(facts, name)) for name in ("sar", "time_base", "average_rate")},
-                "start": int(facts.pts[0]),
-                "runs": [[int(steps[i]), int(n)] for i, n in zip(starts, lengths, strict=True)],
-            }
-        return row
+    @property
+    def facts(self) -> VideoFacts:
+        """Unfolded anew at each use: the times of a long video take megabytes."""
+        return facts_of(self.row)
 
     @classmethod
-    def from_row(cls, row: dict[str, Any]) -> Self:
-        """The inverse of `to_row`."""
-        if "facts" not in row:
-            return cls(sha256=row["sha256"], reason=row["reason"])
-        fields = dict(row["facts"])
-        runs = np.array(fields.pop("runs"), dtype=np.int64).reshape(-1, 2)
-        pts = np.concatenate([[fields.pop("start")], np.repeat(runs[:, 0], runs[:, 1])]).cumsum()
-        for name in ("sar", "time_base", "average_rate"):
-            fields[name] = Fraction(fields[name])
-        return cls(sha256=row["sha256"], facts=VideoFacts(pts=pts.astype(np.int64), **fields))
+    def from_facts(cls, sha256: str, facts: VideoFacts) -> Self:
+        """From what `sora_lite.data.video.probe` found."""
+        steps = np.diff(facts.pts)
+        starts = np.flatnonzero(np.diff(steps, prepend=0)) if len(steps) else np.zeros(0, dtype=np.int64)
+        row = {name: getattr(facts, name) for name in (*_PLAIN, "frames_hash")}
+        row |= {name: str(getattr(facts, name)) for name in _FRACTIONS}
+        row["start"] = int(facts.pts[0])
+        row["steps"] = steps[starts].tolist()
+        row["repeats"] = np.diff(starts, append=len(steps)).tolist()
+        return cls(sha256=sha256, row=row)
 
 
-def probe_sources(sources: list[Source], memory: Path, workers: int | None) -> list[Probed]:
-    """Probe all sources, in their order. `memory` is a JSONL file of earlier finds, by name, size and time."""
-    known = _remembered(memory)
-    stamps = [[source.name, *_stamp(source.path)] for source in sources]
-    missing = [source for source, stamp in zip(sources, stamps, strict=True) if json.dumps(stamp) not in known]
-    fresh: Iterator[Probed] = ordered_map(examine, (source.path for source in missing), workers if missing else 0)
-    results = []
-    with memory.open("ab") as file, tqdm(total=len(missing), desc="probe", unit="file", mininterval=0.5) as bar:
-        for stamp in stamps:
-            probed = known.get(json.dumps(stamp))
-            if probed is None:
-                probed = next(fresh)
-                file.write(to_json({"stamp": stamp, **probed.to_row()}) + b"\n")
-                bar.update()
-            results.append(probed)
-    return results
+def facts_of(row: dict[str, Any]) -> VideoFacts:
+    """The inverse of `Probed.from_facts`."""
+    pts = np.concatenate([[row["start"]], np.repeat(row["steps"], row["repeats"])]).astype(np.int64).cumsum()
+    fractions = {name: Fraction(row[name]) for name in _FRACTIONS}
+    return VideoFacts(pts=pts, frames_hash=row["frames_hash"], **fractions, **{name: row[name] for name in _PLAIN})
 
 
-def examine(path: Path) -> Probed:
-    """Hash and decode one file."""
-    try:
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        return Probed(sha256="", reason=f"cannot be read: {error.strerror}")
-    try:
-        return Probed(sha256=sha256, facts=probe(path))
-    except BadVideo as reason:
-        return Probed(sha256=sha256, reason=str(reason))
+def probe_unit(source: Source, config: ProbeConfig) -> Unit:
+    """The work on one source."""
+    limits = Limits(
+        max_pixels=int(config.max_megapixels * 1e6),
+        max_frames=config.max_frames,
+        max_seconds=config.max_hours * 3600,
+        max_streams=config.max_streams,
+        max_bytes=int(config.max_gigabytes * 2**30),
+    )
+    key = probe_key(source)
+    return Unit(keys=[key], task={"key": key, "location": source.location, "limits": asdict(limits)})
 
 
-def _stamp(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
+def probe_key(source: Source) -> str:
+    """A file that was changed is another one."""
+    return hashlib.sha256(os.fsencode(f"{source.location}\n{source.stamp()}")).hexdigest()[:32]
 
 
-def _remembered(memory: Path) -> dict[str, Probed]:
-    """By JSON of (name, size, time). A last line without an end was being written when the run was killed."""
-    if not memory.exists():
-        return {}
-    content = memory.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        memory.write_bytes(whole)
-    rows = [json.loads(line) for line in whole.splitlines()]
-    return {json.dumps(row["stamp"]): Probed.from_row(row) for row in rows}
+def work(task: Task) -> Rows:
+    """Hash and decode one file. A file that cannot be used raises BadVideo or OSError, whose text is the reason."""
+    limits = Limits(**task["limits"])
+    with open_source(task["location"], limits.max_bytes) as file:
+        size = file.seek(0, 2)
+        if size > limits.max_bytes:
+            raise BadVideo(f"has {size / 2**30:.1f} GiB (probe.max_gigabytes)")
+        file.seek(0)
+        sha256 = hashlib.sha256()
+        while block := file.read(_BLOCK):
+            sha256.update(block)
+            beat()
+        file.seek(0)
+        probed = Probed.from_facts(sha256.hexdigest(), probe(file, limits, beat))
+    return [{"key": task["key"], "sha256": probed.sha256, **probed.row}]

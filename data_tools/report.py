@@ -1,88 +1,184 @@
-"""What became of every source and every clip: the table that is printed, and report.json."""
+"""What became of every source and every clip: a table for the terminal, report.json, and a page to look at."""
 
 import json
+import re
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from fractions import Fraction
 from pathlib import Path
 
-from data_tools.config import PrepareConfig
-from sora_lite.data.shards import Manifest, replace_file
-from sora_lite.errors import UserError
+from data_tools.job import Job
+from data_tools.plan import KINDS, Fate, Plan
+from sora_lite.data.shards import MANIFEST, Manifest, replace_file
 
 REPORT = "report.json"
+PAGE = "report.html"
+LEFT = "left so far"
+"""What is shown in the place of a fate for what the stages so far have left in."""
+_NUMBER = r"-?\d+(?:\.\d+)?(?:e[-+]\d+)?"
+
+
+# --------------------------------------------------------------------------------------------------- what became of all
 
 
 @dataclass(kw_only=True, slots=True)
-class Excluded:
-    """A source that gives no clip."""
+class Tally:
+    """How much has one fate."""
 
-    file: str
-    kind: str
-    """bad, unusable or duplicate."""
-    reason: str
-
-
-@dataclass(kw_only=True, slots=True)
-class Report:
-    """Sums to: sources found = packed + those excluded."""
-
-    found: int
-    packed: int = 0
+    sources: int = 0
     clips: int = 0
-    captioned: int = 0
-    """Clips with a caption."""
-    labelled: int = 0
-    """Clips with a label."""
     frames: int = 0
-    dropped_frames: int = 0
-    """Frames at the ends of sources, too few for a clip."""
-    excluded: list[Excluded] = field(default_factory=list)
+    """Of the clips, at their own rate."""
+    seconds: float = 0.0
+    """Of the clips; still images last none."""
 
-    def counts(self) -> dict[str, int]:
-        """Flat figures, as the manifest keeps them."""
-        kinds = Counter(item.kind for item in self.excluded)
-        counts = {
-            "sources_found": self.found,
-            "sources_packed": self.packed,
-            **{f"sources_{kind}": kinds[kind] for kind in ("bad", "unusable", "duplicate")},
-            "clips": self.clips,
-            "clips_captioned": self.captioned,
-            "clips_labelled": self.labelled,
-            "frames": self.frames,
-            "frames_dropped": self.dropped_frames,
-        }
-        if self.found != self.packed + len(self.excluded):
-            raise RuntimeError(f"sources got lost: {counts}")
-        return counts
 
-    def save(self, folder: Path, config: PrepareConfig) -> None:
-        """Write FOLDER/report.json."""
-        content = {
-            "settings": config.content(),
-            "counts": self.counts(),
-            "excluded": [asdict(e) for e in self.excluded],
-        }
-        replace_file(folder / REPORT, json.dumps(content, indent=1).encode() + b"\n")
+def tally(plan: Plan) -> dict[str, Tally]:
+    """Fate -> how much has it. "found" comes first and is the sum of the others; LEFT comes last, if anything is."""
+    tallies = {kind: Tally() for kind in ("found", *KINDS, LEFT)}
+    for source in plan.sources:
+        for kind in ("found", kind_of(plan.source_fates.get(source.name))):
+            tallies[kind].sources += 1
+    for clip in plan.clips:
+        for kind in ("found", kind_of(plan.clip_fates.get(clip.key))):
+            one = tallies[kind]
+            one.clips += 1
+            one.frames += clip.frames
+            one.seconds += 0.0 if clip.media.still else clip.seconds
+    left = tallies[LEFT]
+    if not left.sources and not left.clips:
+        del tallies[LEFT]
+    return tallies
 
-    def table(self, folder: Path, manifest: Manifest | None, longest: int = 20) -> str:
-        """The summary for people; at most `longest` excluded files are listed."""
-        lines = [f"{name.replace('_', ' '):<20}{count:>10,}" for name, count in self.counts().items()]
-        for split, samples in (manifest.splits if manifest else {}).items():
-            shards = [entry for entry in manifest.shards if entry.split == split] if manifest else []
-            size = sum(entry.bytes for entry in shards) / 2**20
-            lines.append(f"{split:<20}{samples:>10,} clips in {len(shards)} shards, {size:,.1f} MiB")
-        if manifest and "validation" not in manifest.splits:
-            lines.append(f"{'validation':<20}{0:>10,} clips: nothing is held out, so training will show no val_loss")
-        lines += [f"  {item.kind:<10} {item.file}: {item.reason}" for item in self.excluded[:longest]]
-        if len(self.excluded) > longest:
-            lines.append(f"  and {len(self.excluded) - longest} more, all in {folder / REPORT}")
-        return "\n".join(lines)
 
-    def require_clips(self, folder: Path) -> None:
-        """Raise UserError if nothing is left."""
-        if self.clips == 0:
-            first = self.excluded[0]
-            raise UserError(
-                f"none of the {self.found} sources gives a clip (first: {first.file}: {first.reason}); "
-                f"all reasons are in {folder / REPORT}"
-            )
+def summary(plan: Plan, folder: Path, longest: int = 20) -> str:
+    """The table that every verb prints, after any stage. At most `longest` sources, and reasons of clips, are listed.
+
+    folder: of the shards; those that are in its manifest are counted.
+    """
+    lines = [f"{'':<14}{'sources':>12}{'clips':>12}{'frames':>15}{'h:mm:ss':>12}"]
+    for kind, one in tally(plan).items():
+        figures = f"{one.sources:>12,}{one.clips:>12,}{one.frames:>15,}{clock(one.seconds):>12}"
+        lines.append(f"{kind:<14}{figures}")
+    if dropped := sum(media.dropped for media in plan.media):
+        lines.append(f"{'in no clip':<14}{'':>24}{dropped:>15,}  in transitions, or too few at the end of a shot")
+    lines += [f"{split:<14}{'':>12}{rest}" for split, rest in splits(folder)]
+    sources = [f"  {fate.kind:<13}{name}: {short(fate.reason)}" for name, fate in left_out_sources(plan)]
+    clips = [
+        f"  {kind:<13}{count:,} clip{'s' if count > 1 else ''}: {short(reason)}"
+        for kind, reason, count in clip_reasons(plan)
+    ]
+    for found, what in ((sources, "sources"), (clips, "reasons")):
+        lines += found[:longest]
+        if len(found) > longest:
+            lines.append(f"  and {len(found) - longest:,} more {what}; `sora-data report {folder}` lists all")
+    return "\n".join(lines)
+
+
+def splits(folder: Path) -> Iterator[tuple[str, str]]:
+    """(split, its clips, shards and size in words), as the manifest has them."""
+    manifest = Manifest.load(folder) if (folder / MANIFEST).exists() else None
+    if manifest is None or not manifest.shards:
+        return
+    for split, samples in manifest.splits.items():
+        shards = [entry for entry in manifest.shards if entry.split == split]
+        size = sum(entry.bytes for entry in shards) / 2**20
+        yield split, f"{samples:>12,} clips in {len(shards):,} shard{'s' * (len(shards) != 1)}, {size:,.1f} MiB"
+    if "validation" not in manifest.splits:
+        yield "validation", f"{0:>12,} clips: nothing is held out, so training will show no val_loss"
+
+
+def left_out_sources(plan: Plan) -> list[tuple[str, Fate]]:
+    """(name, fate) of the sources that are not packed: those that could not be used first, each kind by name."""
+    named = [(source.name, plan.source_fates.get(source.name)) for source in plan.sources]
+    found = [(name, fate) for name, fate in named if fate is not None and fate.kind != "packed"]
+    return sorted(found, key=lambda pair: _urgency(pair[1].kind))
+
+
+def clip_reasons(plan: Plan) -> list[tuple[str, str, int]]:
+    """(fate, reason without the figures of the single clip, clips): quarantined first, then those of most clips."""
+    fates = [fate for fate in plan.clip_fates.values() if fate.kind != "packed"]
+    counts = Counter((fate.kind, _in_general(fate.reason)) for fate in fates)
+    found = [(kind, reason, count) for (kind, reason), count in counts.items()]
+    return sorted(found, key=lambda row: (_urgency(row[0]), -row[2], row[1]))
+
+
+def kind_of(fate: Fate | None) -> str:
+    """In which line of the table something is counted."""
+    return LEFT if fate is None else fate.kind
+
+
+def _urgency(kind: str) -> int:
+    return ("quarantined", "filtered", "duplicate", "removed", "packed").index(kind)
+
+
+def _in_general(reason: str) -> str:
+    """motion 0.0123 below 0.02 -> motion below 0.02; looks like KEY -> looks like another clip."""
+    if match := re.fullmatch(rf"(\w+) {_NUMBER} (below|above) ({_NUMBER})(.*)", reason):
+        score, side, end, origin = match.groups()
+        return f"{score} {side} {float(end):.3g}{origin}"
+    return re.sub(r"\b[0-9a-f]{16}_-?\d+_-?\d+\b", "another clip", reason)
+
+
+def short(text: str, most: int = 300) -> str:
+    """Reasons quote what stands in damaged files: nothing of it may steer a terminal, or fill it."""
+    text = "".join(char if char.isprintable() else "�" for char in text)
+    return text if len(text) <= most else f"{text[:most]} …"
+
+
+def clock(seconds: float | Fraction, digits: int = 0) -> str:
+    """1:02:03; digits: of the part of a second."""
+    ticks = round(seconds * 10**digits)
+    whole, rest = divmod(ticks, 10**digits)
+    text = f"{whole // 3600:,}:{whole // 60 % 60:02}:{whole % 60:02}"
+    return f"{text}.{rest:0{digits}}" if digits else text
+
+
+# ---------------------------------------------------------------------------------------------------------- both files
+
+
+def save(job: Job, plan: Plan) -> Path:
+    """Write report.json into the folder of the shards: settings, counts, and all that is left out, with reasons."""
+    content = {"settings": job.config.content(), "counts": _counts(plan), **_left_out(plan)}
+    path = job.folder / REPORT
+    replace_file(path, json.dumps(content, indent=1).encode() + b"\n")
+    return path
+
+
+def write(job: Job, plan: Plan) -> Path:
+    """Write report.json, and report.html beside it; the path of the latter.
+
+    Frames are decoded by workers; those that cannot be are shown with the reason.
+    """
+    from data_tools.report_page import Page  # brings what no other verb needs
+
+    save(job, plan)
+    path = job.folder / PAGE
+    replace_file(path, Page(job, plan).render().encode("utf-8", "replace"))
+    return path
+
+
+def _counts(plan: Plan) -> dict[str, int]:
+    """As `Plan.count`, and what is left so far."""
+    tallies = {kind.removesuffix(" so far"): one for kind, one in tally(plan).items()}
+    counts = {f"sources_{kind}": one.sources for kind, one in tallies.items()}
+    counts |= {f"clips_{kind}": one.clips for kind, one in tallies.items()}
+    dropped = sum(media.dropped for media in plan.media)
+    return counts | {"frames_packed": tallies["packed"].frames, "frames_dropped": dropped}
+
+
+def _left_out(plan: Plan) -> dict[str, list[dict[str, str]]]:
+    """Every source and every clip that is not packed, in the order of their names and of packing."""
+    sources = [
+        {"name": source.name, **asdict(fate)} for source in plan.sources if (fate := plan.source_fates.get(source.name))
+    ]
+    clips = [
+        {"key": clip.key, "source": clip.media.source.name, **asdict(fate)}
+        for clip in plan.clips
+        if (fate := plan.clip_fates.get(clip.key))
+    ]
+    return {
+        name: [row for row in rows if row["kind"] != "packed"]
+        for name, rows in (("sources", sources), ("clips", clips))
+    }

@@ -1,95 +1,97 @@
 """`sora-data verify`: is every byte of a data set as it was written, and does every clip decode to what is promised?"""
 
 import hashlib
-import json
 import tarfile
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
-from data_tools.pool import ordered_map
-from sora_lite.data.index import Index
-from sora_lite.data.shards import DamagedSample, Manifest, ShardEntry, ShardReader
+from data_tools.pool import Rows, Task, beat, run_tasks
+from sora_lite.data.index import read_index
+from sora_lite.data.shards import DamagedSample, Manifest, ShardEntry, ShardReader, check_key
 from sora_lite.data.video import BadVideo, decode_clip
 from sora_lite.errors import UserError
-
-
-@dataclass(kw_only=True, slots=True)
-class Shard:
-    """One shard to be checked: what a worker does at a time."""
-
-    folder: Path
-    entry: ShardEntry
-    rows: Index
-    """All samples of the split."""
-    number: int
-    """Place of this shard in `rows.shard_paths`."""
 
 
 def verify(folder: Path, workers: int | None = None) -> None:
     """Check all shards of a data set and print what was found. Raises UserError if anything is wrong."""
     manifest = Manifest.load(folder)
+    if manifest.pending and not manifest.shards:
+        raise UserError(f"{folder}: packing was interrupted; `sora-data run` with the same arguments finishes it.")
     problems: list[str] = []
-    shards, sources = [], {}
-    for split in manifest.splits:
-        index = Index.load(folder, split)
-        sources[split] = set(index.source.tolist())
-        entries = [entry for entry in manifest.shards if entry.split == split]
-        shards += [Shard(folder=folder, entry=entry, rows=index, number=i) for i, entry in enumerate(entries)]
+    keys: Counter[str] = Counter()
+    sources: dict[str, set[str]] = {}
+    tasks: list[tuple[str, Task]] = []
+    for entry in manifest.shards:
+        try:
+            index = read_index(folder, entry)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        keys.update(index["key"].to_pylist())
+        sources.setdefault(entry.split, set()).update(index["source"].to_pylist())
+        tasks.append((entry.path, {"folder": str(folder), "entry": asdict(entry)}))
+    problems += [f"key {key} stands in the index {count} times" for key, count in keys.items() if count > 1]
     for source in sorted(sources.get("train", set()) & sources.get("validation", set())):
         problems.append(f"source {source} is in both train and validation")
-    with tqdm(total=sum(manifest.splits.values()), desc="verify", unit="clip", mininterval=0.5) as bar:
-        for shard, found in zip(shards, ordered_map(check_shard, shards, workers), strict=True):
-            problems += found
-            bar.update(shard.entry.samples)
-    print("\n".join([f"{folder}: {len(shards)} shards, {sum(manifest.splits.values())} clips", *problems]))
+    clips = sum(manifest.splits.values())
+    with tqdm(total=clips, desc="verify", unit="clip", mininterval=0.5) as bar:
+        for outcome in run_tasks(check_shard, tasks, workers=workers, stall_seconds=60.0, memory_mb=4096):
+            found = [outcome.reason] if outcome.reason else [row["fault"] for row in outcome.rows]
+            problems += [f"{outcome.unit}: {fault}" for fault in found]
+            bar.update(next(entry.samples for entry in manifest.shards if entry.path == outcome.unit))
+    print("\n".join([f"{folder}: {len(manifest.shards)} shards, {clips} clips", *sorted(problems)]))
     if problems:
         raise UserError(f"{folder}: {len(problems)} faults (listed above); restore these shards or pack again.")
 
 
-def check_shard(shard: Shard) -> list[str]:
-    """All faults of one shard, in words."""
-    path, rows, problems = shard.folder / shard.entry.path, shard.rows, []
+def check_shard(task: Task) -> Rows:
+    """All faults of one shard, in words. Nothing of it is written anywhere, whatever its members are called."""
+    folder, entry = Path(task["folder"]), ShardEntry(**task["entry"])
+    path, faults = folder / entry.path, []
     with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != shard.entry.sha256:
-            problems.append(f"{path.name}: SHA-256 differs from the manifest's")
-    mine = np.flatnonzero(rows.shard == shard.number)
+        if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
+            faults.append("SHA-256 differs from the manifest's")
+    rows = read_index(folder, entry).to_pylist()
     expected = [
         member
-        for i in mine
+        for row in rows
         for member in (
-            (f"{rows.keys[i]}.{rows.ext[i]}", int(rows.media_offset[i]), int(rows.media_size[i])),
-            (f"{rows.keys[i]}.json", int(rows.json_offset[i]), int(rows.json_size[i])),
+            (f"{row['key']}.{row['ext']}", row["media_offset"], row["media_size"], True),
+            (f"{row['key']}.json", row["json_offset"], row["json_size"], True),
         )
     ]
     try:
         with tarfile.open(path, "r:") as tar:
-            if [(member.name, member.offset_data, member.size) for member in tar] != expected:
-                problems.append(f"{path.name}: its members are not those of the index")
+            if [(member.name, member.offset_data, member.size, member.isreg()) for member in tar] != expected:
+                faults.append("its members are not those of the index")
     except tarfile.TarError as error:
-        problems.append(f"{path.name}: not a tar ({error})")
+        faults.append(f"not a tar ({error})")
     with ShardReader(path) as reader:
-        for i in mine:
-            if fault := _check_sample(reader, rows, int(i)):
-                problems.append(f"{path.name}: {rows.keys[i]}: {fault}")
-    return problems
+        for row in rows:
+            beat()
+            if fault := _check_sample(reader, row):
+                faults.append(f"{row['key']}: {fault}")
+    return [{"fault": fault} for fault in faults]
 
 
-def _check_sample(reader: ShardReader, rows: Index, i: int) -> str:
+def _check_sample(reader: ShardReader, row: dict[str, Any]) -> str:
     """What is wrong with a sample, or nothing."""
     try:
-        media = reader.read(int(rows.media_offset[i]), int(rows.media_size[i]), int(rows.crc32c[i]))
-        meta = json.loads(reader.read(int(rows.json_offset[i]), int(rows.json_size[i]), int(rows.json_crc32c[i])))
-        frames = decode_clip(media, frames=int(rows.frames[i]))
-    except (DamagedSample, BadVideo, ValueError) as error:
-        return str(error)
-    shape = (int(rows.frames[i]), int(rows.height[i]), int(rows.width[i]), 3)
+        check_key(row["key"])
+        media = reader.read(row["media_offset"], row["media_size"], row["crc32c"])
+        meta = reader.read_json(row["json_offset"], row["json_size"], row["json_crc32c"])
+        frames = decode_clip(media, frames=row["frames"])
+        promised = (meta["frames"], meta["height"], meta["width"], 3), meta["fps"], meta["source"]["sha256"][:16]
+    except (DamagedSample, BadVideo, ValueError, KeyError, TypeError) as error:
+        return f"{type(error).__name__}: {error}" if isinstance(error, KeyError | TypeError) else str(error)
+    shape = (row["frames"], row["height"], row["width"], 3)
     if frames.shape != shape:
         return f"decodes to {frames.shape}, the index says {shape}"
-    promised = (meta["frames"], meta["height"], meta["width"], 3), meta["fps"], meta["source"]["sha256"][:16]
-    if promised != (shape, float(rows.fps[i]), str(rows.source[i])):
+    if promised != (shape, row["fps"], row["source"]):
         return "its JSON and the index differ"
     try:
         decode_clip(media, frames=shape[0] + 1)

@@ -62,7 +62,7 @@ def stages(config: DemoConfig) -> list[tuple[str, list[str], Path | None]]:
         ),
         (
             "pack shards",
-            [*tools, "run", str(data / "videos"), str(data / "shards"), "validation_fraction=0.22", "crf=10"],
+            [*tools, "run", str(data / "videos"), str(data / "shards"), "validation_fraction=0.22", "pack.crf=10", "dedupe.near=false"],
             None,
         ),
         ("train the VAE", [*launch, "train-vae", f"experiment={name}_vae", f"run.root={root}", shards], exported_vae),

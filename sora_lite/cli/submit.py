@@ -3,10 +3,11 @@
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from sora_lite.cli.compose import assets, compose, help_text
-from sora_lite.config import BaseTrainConfig, SlurmConfig, TrainConfig
+from sora_lite.config import BaseTrainConfig, QueueConfig, SlurmConfig, TrainConfig
 from sora_lite.errors import UserError
 
 ROOTS = {"train": "train", "train-vae": "train_vae"}
@@ -69,24 +70,54 @@ def sbatch_command(
     Raises:
         UserError: an argument has a line break or another control character.
     """
-    options = {
-        "job-name": run_name,
-        "partition": slurm.partition,
-        "account": slurm.account,
-        "qos": slurm.qos,
-        "constraint": slurm.constraint,
+    sizes = {
         "nodes": slurm.nodes,
         "ntasks-per-node": slurm.tasks_per_node,
         "cpus-per-task": slurm.cpus_per_task,
         "gpus-per-node": slurm.gpus_per_node or None,
-        "mem": slurm.memory,
-        "time": slurm.time,
-        "output": f"{str(log_dir).replace('%', '%%')}/%j.log",
+    }
+    words = ["-m", "sora_lite.cli", verb, *overrides]
+    return job_command(slurm, run_name, sizes, script_path, log_dir, "%j.log", words)
+
+
+def job_command(
+    queue: QueueConfig,
+    name: str,
+    sizes: Mapping[str, object],
+    script_path: Path,
+    log_dir: Path,
+    log_name: str,
+    words: list[str],
+) -> list[str]:
+    """The argument list that submits Python with `words` as a job, through a batch script.
+
+    Args:
+        queue: what the job asks Slurm for.
+        name: becomes the job's name.
+        sizes: further options of sbatch, without their dashes; None leaves one out.
+        script_path: the batch script, which runs its arguments.
+        log_dir: folder of the job's logs; it must exist when the job starts.
+        log_name: sbatch's pattern for the name of a log.
+        words: arguments of Python.
+
+    Raises:
+        UserError: an argument has a line break or another control character.
+    """
+    options = {
+        "job-name": name,
+        "partition": queue.partition,
+        "account": queue.account,
+        "qos": queue.qos,
+        "constraint": queue.constraint,
+        "mem": queue.memory,
+        "time": queue.time,
+        "output": f"{str(log_dir).replace('%', '%%')}/{log_name}",
         "open-mode": "append",
+        **sizes,
     }
     command = ["sbatch", "--parsable", "--requeue"]
-    command += [f"--{name}={value}" for name, value in options.items() if value is not None]
-    command += [str(script_path), slurm.python or sys.executable, "-m", "sora_lite.cli", verb, *overrides]
+    command += [f"--{option}={value}" for option, value in options.items() if value is not None]
+    command += [str(script_path), queue.python or sys.executable, *words]
     for argument in command:
         # A line break would end a line of Slurm's own files and of every tool that parses its output.
         if not argument.isprintable():
@@ -95,7 +126,7 @@ def sbatch_command(
 
 
 def submit(command: list[str], log_dir: Path) -> str:
-    """Run an `sbatch_command` and return the job's id.
+    """Run a `job_command` and return the job's id.
 
     Raises:
         UserError: there is no `sbatch` here, or it refuses the job.

@@ -19,6 +19,8 @@ class Index:
 
     shard_paths: list[Path]
     shard_sha256: list[str]
+    removed: list[str]
+    """Keys of samples in these shards that were taken down, and so are not among the N."""
     keys: np.ndarray
     """Fixed-width unicode."""
     source: np.ndarray
@@ -61,34 +63,39 @@ class Index:
         return len(self.keys)
 
     @classmethod
-    def load(cls, folder: Path, split: str) -> Self:
+    def load(cls, folder: Path, split: str, *, with_removed: bool = False) -> Self:
         """Read the index of one split ("train" or "validation"); a split that holds nothing gives an empty index.
 
+        with_removed: whether samples that were taken down are in it.
         Raises UserError, with the file and the cure, if the manifest, a shard or an index is missing, if one is not
         as the manifest says, or if packing has not finished.
         """
         manifest = Manifest.load(folder)
-        if not manifest.complete:
+        if manifest.pending and not manifest.shards:
             raise UserError(f"{folder}: packing was interrupted; `sora-data run` with the same arguments finishes it.")
         entries = [entry for entry in manifest.shards if entry.split == split]
-        tables = [_read(folder, entry) for entry in entries]
+        tables = [read_index(folder, entry) for entry in entries]
         table = pa.concat_tables([INDEX_SCHEMA.empty_table(), *tables])
         columns = {name: table[name].to_numpy(zero_copy_only=False) for name in INDEX_SCHEMA.names}
-        text = {"keys": columns.pop("key"), "source": columns.pop("source"), "ext": columns.pop("ext")}
+        for old, new in (("key", "keys"), ("source", "source"), ("ext", "ext")):
+            columns[new] = columns.pop(old).astype(np.str_)
+        columns["shard"] = np.repeat(np.arange(len(entries), dtype=np.int32), [entry.samples for entry in entries])
+        gone = np.isin(columns["keys"], manifest.removed_keys) | np.isin(columns["source"], manifest.removed_sources)
+        if with_removed:
+            gone[:] = False
         return cls(
             shard_paths=[folder / entry.path for entry in entries],
             shard_sha256=[entry.sha256 for entry in entries],
-            shard=np.repeat(np.arange(len(entries), dtype=np.int32), [entry.samples for entry in entries]),
-            **{name: column.astype(np.str_) for name, column in text.items()},
-            **columns,
+            removed=columns["keys"][gone].tolist(),
+            **{name: column[~gone] for name, column in columns.items()},
         )
 
     def fingerprint(self) -> str:
-        """SHA-256 over the checksums of the shards, in order: equal if and only if the samples are."""
-        return hashlib.sha256("\n".join(self.shard_sha256).encode()).hexdigest()
+        """SHA-256 over the shards' checksums, in order, and what was taken down: equal if the samples are."""
+        return hashlib.sha256("\n".join([*self.shard_sha256, *self.removed]).encode()).hexdigest()
 
 
-def _read(folder: Path, entry: ShardEntry) -> pa.Table:
+def read_index(folder: Path, entry: ShardEntry) -> pa.Table:
     """One shard's table, after a check that both files are those of the manifest (the tar by its size alone)."""
     cure = "restore it, or pack the videos again with `sora-data run`"
     for name in (entry.path, entry.index):

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import tarfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -26,7 +27,7 @@ import pyarrow.parquet as pq
 
 from sora_lite.errors import UserError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 MEDIA = ("mp4", "png", "jpg", "webp")
 """Extensions that a sample's media member may have."""
@@ -97,18 +98,21 @@ class Manifest:
 
     config_hash: str
     """Hash of the settings that made the clips."""
-    plan_hash: str = ""
-    """Hash of the list of clips that the data set is to hold; a run that was interrupted goes on only with the same."""
-    complete: bool = False
-    """Whether all of them are in it."""
     shards: list[ShardEntry] = field(default_factory=list)
+    """What the data set consists of."""
+    pending: list[ShardEntry] = field(default_factory=list)
+    """Shards of a packing that has not ended yet. They join `shards` all together, so readers never see a part."""
+    removed_sources: list[str] = field(default_factory=list)
+    """Sources that were taken down (first 16 hex digits of their SHA-256). Readers leave their samples out."""
+    removed_keys: list[str] = field(default_factory=list)
+    """Samples that were taken down."""
     counts: dict[str, int] = field(default_factory=dict)
-    """What became of sources and clips."""
+    """What became of sources and clips in the last packing."""
     schema_version: int = SCHEMA_VERSION
 
     @property
     def splits(self) -> dict[str, int]:
-        """Samples in each split."""
+        """Samples in each split, with those that were taken down."""
         sizes: dict[str, int] = {}
         for entry in self.shards:
             sizes[entry.split] = sizes.get(entry.split, 0) + entry.samples
@@ -116,29 +120,39 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """Read FOLDER/manifest.json. Raises UserError if there is none, or if it is none of ours."""
+        """Read FOLDER/manifest.json. Raises UserError if there is none, or if it is not as it was written."""
         path = folder / MANIFEST
         try:
-            content = json.loads(path.read_bytes())
+            written = path.read_bytes()
+            content = json.loads(written)
             version = content["schema_version"]
             if version != SCHEMA_VERSION:
                 raise UserError(f"{path}: written in format {version}, read here is {SCHEMA_VERSION}; pack it again.")
             del content["splits"]  # for people who read the file; follows from the entries
-            entries = [ShardEntry(**entry) for entry in content.pop("shards")]
-            manifest = cls(shards=entries, **content)
+            del content["sha256"]
+            shards = [ShardEntry(**entry) for entry in content.pop("shards")]
+            pending = [ShardEntry(**entry) for entry in content.pop("pending")]
+            manifest = cls(shards=shards, pending=pending, **content)
         except FileNotFoundError:
             raise UserError(f"{path}: not found; name a folder that `sora-data run VIDEOS SHARDS` has made.") from None
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{path}: not a manifest of shards ({error}); name another folder or pack again.") from None
-        for name in [name for entry in entries for name in (entry.path, entry.index)]:
-            if Path(name).name != name:
+        for name in [name for entry in shards + pending for name in (entry.path, entry.index)]:
+            if not isinstance(name, str) or Path(name).name != name:
                 raise UserError(f"{path}: names {name!r} outside of its folder; pack again.")
+        if written != manifest.to_bytes():
+            raise UserError(f"{path}: is not as it was written (SHA-256 differs); restore it, or pack again.")
         return manifest
 
     def save(self, folder: Path) -> None:
         """Replace FOLDER/manifest.json atomically; when this returns it is on the disk."""
+        replace_file(folder / MANIFEST, self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """The file's content, which ends in the SHA-256 of the rest."""
         content = {"schema_version": self.schema_version, "splits": self.splits} | asdict(self)
-        replace_file(folder / MANIFEST, json.dumps(content, indent=1).encode() + b"\n")
+        content["sha256"] = hashlib.sha256(to_json(content)).hexdigest()
+        return json.dumps(content, indent=1).encode() + b"\n"
 
 
 # ------------------------------------------------------------------------------------------------------- writing
@@ -180,6 +194,11 @@ class ShardWriter:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    @property
+    def keys(self) -> set[str]:
+        """Keys of the samples so far."""
+        return self._keys
 
     def add(self, sample: Sample) -> None:
         """Append a sample. Raises ValueError if its key is in the shard already."""
@@ -260,12 +279,24 @@ def check_key(key: str) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file so that under its name there is always either the old or the new content, whole."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        flush(file)
-    os.replace(partial, path)
+    """Write a file so that under its name there is always either the old or the new content, whole.
+
+    Several processes, of several machines too, may write the same file at once: the last one's content stays.
+    """
+    while True:
+        partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
+        try:
+            with partial.open("xb") as file:
+                file.write(content)
+                flush(file)
+            try:
+                os.replace(partial, path)
+                break
+            except FileNotFoundError:
+                continue  # another process took it for what a dead one had left behind
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
     flush_folder(path.parent)
 
 
@@ -315,6 +346,16 @@ class ShardReader:
             raise DamagedSample(f"{self.path.name} ends {size - len(content)} bytes early at offset {offset}")
         if google_crc32c.value(content) != crc32c:
             raise DamagedSample(f"{self.path.name} has a wrong checksum for {size} bytes at offset {offset}")
+        return content
+
+    def read_json(self, offset: int, size: int, crc32c: int) -> dict[str, Any]:
+        """As `read`, for KEY.json. Raises DamagedSample too if it is no JSON object."""
+        try:
+            content = json.loads(self.read(offset, size, crc32c))
+        except ValueError as error:
+            raise DamagedSample(f"{self.path.name} holds no JSON at offset {offset} ({error})") from None
+        if not isinstance(content, dict):
+            raise DamagedSample(f"{self.path.name} holds no JSON object at offset {offset}")
         return content
 
     def close(self) -> None:

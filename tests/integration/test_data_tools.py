@@ -21,9 +21,11 @@ from odd_videos import audio_only
 from PIL import Image
 
 from data_tools.cli import main
-from data_tools.config import PrepareConfig
+from data_tools.config import DataConfig, PackConfig, SplitConfig
 from data_tools.probe import Probed
-from data_tools.split import frames_at_rate, held_out, tile
+from data_tools.probe import facts_of as facts_of_row
+from data_tools.sources import Row, Source
+from data_tools.split import Media, clip_size, frames_at_rate, held_out, tile
 from sora_lite.data.index import Index
 from sora_lite.data.shards import Manifest, ShardReader
 from sora_lite.data.video import VideoFacts, decode_clip, encode_mp4, write_mp4
@@ -67,6 +69,11 @@ BAD = {
         "not a video",
     ),
 }
+
+
+PLAIN = "dedupe.near=false"
+"""Stamped frames all look alike."""
+FAST = ("pack.crf=8", "pack.preset=ultrafast")
 
 
 def sora_data(*arguments: object) -> int:
@@ -118,19 +125,19 @@ def test_good_files_are_packed_exactly_and_bad_ones_named(
     videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     shards = tmp_path / "shards"
-    options = ("clip_frames=20", "min_frames=9", "validation_fraction=0", "workers=0", "crf=8", "licence=CC0")
+    options = ("split.clip_frames=20", "split.min_frames=9", "validation_fraction=0", "workers=0", "pack.crf=8", "licence=CC0")
     assert sora_data("run", videos, shards, *options) == 0
     report = json.loads((shards / "report.json").read_text())
-    excluded = {item["file"]: (item["kind"], item["reason"]) for item in report["excluded"]}
+    left_out = {item["name"]: (item["kind"], item["reason"]) for item in report["sources"]}
     printed = capsys.readouterr().out
     for name, (_, reason) in BAD.items():
-        assert excluded[name][0] == "bad" and reason in excluded[name][1]
+        assert left_out[name][0] == "quarantined" and reason in left_out[name][1]
         assert name in printed
-    assert excluded["tiny.mp4"][0] == "unusable" and "too short: 5 frames" in excluded["tiny.mp4"][1]
-    assert excluded["twin.mp4"] == ("duplicate", "has the same bytes as short.mp4")
+    assert left_out["tiny.mp4"][0] == "filtered" and "too short" in left_out["tiny.mp4"][1]
+    assert left_out["twin.mp4"] == ("duplicate", "has the same bytes as short.mp4")
     counts = report["counts"]
-    assert (counts["sources_found"], counts["sources_packed"], counts["sources_bad"]) == (11, 3, 6)
-    assert (counts["clips"], counts["frames"], counts["frames_dropped"]) == (5, 71, 0)
+    assert (counts["sources_found"], counts["sources_packed"], counts["sources_quarantined"]) == (11, 3, 6)
+    assert (counts["clips_packed"], counts["frames_packed"], counts["frames_dropped"]) == (5, 71, 0)
 
     samples = samples_of(shards, "train")
     clips = {(meta["source"]["id"], meta["start_pts"]): (numbers(clip), meta) for clip, meta in samples.values()}
@@ -152,7 +159,7 @@ def test_good_files_are_packed_exactly_and_bad_ones_named(
 
 
 def test_rate_and_size_on_request(videos: Path, tmp_path: Path) -> None:
-    assert sora_data("run", videos, tmp_path / "s", "fps=4", "min_frames=6", "max_side=24", "workers=0", "crf=8") == 0
+    assert sora_data("run", videos, tmp_path / "s", "split.fps=4", "split.min_frames=6", "pack.max_side=24", "workers=0", "pack.crf=8", PLAIN) == 0
     clips = [*samples_of(tmp_path / "s", "train").values(), *samples_of(tmp_path / "s", "validation").values()]
     by_name = {meta["source"]["id"]: (clip, meta) for clip, meta in clips}
     clip, meta = by_name["short.mp4"]
@@ -172,36 +179,41 @@ def test_long_videos_are_read_in_stretches_and_stay_exact(container: str, codec:
         for rgb in stamped(203, 64, 64):
             muxer.mux(stream.encode(av.VideoFrame.from_ndarray(rgb, format="rgb24")))
         muxer.mux(stream.encode())
-    options = "clip_frames=5", "min_frames=4", "validation_fraction=0", "workers=0", "crf=8", "preset=ultrafast"
+    options = "split.clip_frames=5", "split.min_frames=4", "validation_fraction=0", "workers=0", *FAST, PLAIN
     assert sora_data("run", tmp_path / "videos", tmp_path / "s", *options) == 0
     report = json.loads((tmp_path / "s" / "report.json").read_text())
-    assert (report["counts"]["clips"], report["counts"]["frames_dropped"]) == (40, 3)
+    assert (report["counts"]["clips_packed"], report["counts"]["frames_dropped"]) == (40, 3)
     samples = samples_of(tmp_path / "s", "train").values()
     shown = [numbers(clip) for clip, meta in sorted(samples, key=lambda sample: sample[1]["start_pts"])]
     assert [n for clip in shown for n in clip] == [n % (256 // GREY) for n in range(200)]
 
 
-def test_a_second_run_does_nothing_and_other_settings_or_videos_are_refused(
+def test_a_second_run_does_nothing_and_other_settings_are_refused(
     videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    run = ("run", videos, tmp_path / "s", "workers=0")
+    run = ("run", videos, tmp_path / "s", "workers=0", "validation_fraction=0.3")
     assert sora_data(*run) == 0
     before = files_of(tmp_path / "s")
-    assert sora_data(*run) == 0 and "nothing to do" in capsys.readouterr().out
+    assert sora_data(*run) == 0
     assert files_of(tmp_path / "s") == before
+    capsys.readouterr()
     for arguments, words in [
-        ((*run, "crf=30"), "other settings"),
-        ((*run, "clip_frame=9"), "nearest is clip_frames"),
-        ((*run, "crf=best"), "crf"),
-        ((*run, "preset=turbo"), "preset"),
+        ((*run, "pack.crf=30"), "other settings"),
+        ((*run, "split.clip_frame=9"), "nearest is split.clip_frames"),
+        ((*run, "clip_frames=9"), "nearest is split.clip_frames"),
+        ((*run, "pack.crf=best"), "crf"),
+        ((*run, "pack.preset=turbo"), "preset"),
+        ((*run, "filter.rules=[{score: movement, min: 1}]"), "movement"),
+        ((*run, "filter.rules=[{score: motion}]"), "needs one of"),
+        ((*run, "config=nowhere.yaml"), "nowhere.yaml"),
         (("run", tmp_path / "nowhere", tmp_path / "t"), "no such folder"),
         (("verify", tmp_path / "t"), "manifest.json"),
+        (("split", tmp_path / "t"), "sora-data run"),
     ]:
         assert sora_data(*arguments) == 2
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith("error: ") and words in error
-    write_mp4(videos / "new.mp4", stamped(30), 8)
-    assert sora_data(*run) == 2 and "other videos" in capsys.readouterr().err
+    assert files_of(tmp_path / "s") == before
 
 
 def test_nothing_usable_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -209,7 +221,7 @@ def test_nothing_usable_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "videos" / "text.mp4").write_text("no video")
     assert sora_data("run", tmp_path / "videos", tmp_path / "s", "workers=0") == 2
     assert "text.mp4: not a video" in capsys.readouterr().err
-    assert json.loads((tmp_path / "s" / "report.json").read_text())["counts"]["sources_bad"] == 1
+    assert json.loads((tmp_path / "s" / "report.json").read_text())["counts"]["sources_quarantined"] == 1
 
 
 @pytest.mark.parametrize(
@@ -243,7 +255,7 @@ def test_groups_stay_on_one_side(tmp_path: Path) -> None:
         write_mp4(tmp_path / "videos" / f"{i}.mp4", noise(i, frames=2), 8, crf=40)
         rows.append(json.dumps({"file_name": f"{i}.mp4", "group": f"g{i // 3}"}))
     (tmp_path / "videos" / "metadata.jsonl").write_text("\n".join(rows))
-    sets = "run", tmp_path / "videos", tmp_path / "s", "min_frames=2", "validation_fraction=0.3", "workers=0"
+    sets = "run", tmp_path / "videos", tmp_path / "s", "split.min_frames=2", "validation_fraction=0.3", "workers=0", PLAIN
     assert sora_data(*sets) == 0
     train = {meta["group"] for _, meta in samples_of(tmp_path / "s", "train").values()}
     held = {meta["group"] for _, meta in samples_of(tmp_path / "s", "validation").values()}
@@ -270,11 +282,12 @@ def many_run(videos: Path, shards: Path) -> tuple[object, ...]:
         "run",
         videos,
         shards,
-        "shard_mb=1",
-        "clip_frames=17",
+        "pack.shard_mb=1",
+        "split.clip_frames=17",
+        "split.detector=none",
         "validation_fraction=0.2",
-        "crf=10",
-        "preset=ultrafast",
+        "pack.crf=10",
+        "pack.preset=ultrafast",
     )
 
 
@@ -294,12 +307,12 @@ def test_kill_9_at_any_time_does_not_change_a_byte(many: tuple[Path, dict[str, b
     shards = tmp_path / "s"
 
     def committed() -> int:
-        return len(json.loads((shards / "manifest.json").read_text())["shards"])
+        return len(json.loads((shards / "manifest.json").read_text())["pending"])
 
     for state in ("probing", "packing", "one shard", "three shards"):
         job = start(*many_run(videos, shards), "workers=0")
         reached = {
-            "probing": lambda: (shards / ".work" / "probe.jsonl").exists(),
+            "probing": lambda: any((shards / ".work").glob("probe/*/*.parquet")),
             "packing": lambda: any(shards.glob("*.tar.partial")),
             "one shard": lambda: committed() >= 1,
             "three shards": lambda: committed() >= 3,
@@ -348,10 +361,116 @@ def test_verify_finds_any_flipped_byte(many: tuple[Path, dict[str, bytes]], tmp_
         (tmp_path / name).write_bytes(expected[name])
 
 
+# ------------------------------------------------------------------------------------------------ later changes
+
+
+def records(folder: Path) -> set[tuple[str, str]]:
+    """(source, key) of all samples that readers see."""
+    return {
+        (meta["source"]["id"], key)
+        for split in Manifest.load(folder).splits
+        for key, (_, meta) in samples_of(folder, split).items()
+    }
+
+
+def test_new_sources_become_new_shards_and_what_is_taken_down_stays_away(
+    many: tuple[Path, dict[str, bytes]], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    videos, expected = many
+    (tmp_path / "v").mkdir()
+    for path in sorted(videos.iterdir())[:6]:
+        shutil.copy2(path, tmp_path / "v")
+    run = (*many_run(tmp_path / "v", tmp_path / "s"), "workers=0")
+    assert sora_data(*run) == 0
+    first = Manifest.load(tmp_path / "s")
+    splits = {name: split for split in first.splits for name, _ in records_of(tmp_path / "s", split)}
+
+    for path in sorted(videos.iterdir())[6:]:
+        shutil.copy2(path, tmp_path / "v")
+    shutil.copy2(tmp_path / "v" / "0.mp4", tmp_path / "v" / "copy.mp4")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "s").glob("*.tar")}
+    assert sora_data(*run) == 0
+    assert "copy.mp4" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    second = Manifest.load(tmp_path / "s")
+    assert second.shards[: len(first.shards)] == first.shards and len(second.shards) > len(first.shards)
+    assert {name for name, _ in records(tmp_path / "s")} == {path.name for path in videos.iterdir()}
+    now = {name: split for split in second.splits for name, _ in records_of(tmp_path / "s", split)}
+    assert {name: now[name] for name in splits} == splits
+    assert sora_data("verify", tmp_path / "s", "workers=0") == 0
+
+    all_of_them = sorted(records(tmp_path / "s"))
+    key = all_of_them[0][1]
+    other = next(key for name, key in all_of_them if name == "5.mp4")
+    assert sora_data("remove", tmp_path / "s", "nonsense", key) == 2
+    assert "nonsense" in capsys.readouterr().err
+    assert sora_data("remove", tmp_path / "s", key, other[:16]) == 0
+    left = {(one, k) for one, k in all_of_them if k != key and one != "5.mp4"}
+    assert records(tmp_path / "s") == left
+    assert sora_data("verify", tmp_path / "s", "workers=0") == 0
+    size = sum(path.stat().st_size for path in (tmp_path / "s").glob("*.tar"))
+    assert sora_data("compact", tmp_path / "s") == 0
+    assert records(tmp_path / "s") == left
+    assert sum(path.stat().st_size for path in (tmp_path / "s").glob("*.tar")) < size
+    assert sora_data("verify", tmp_path / "s", "workers=0") == 0
+    assert sora_data(*run) == 0
+    assert records(tmp_path / "s") == left
+    counts = Manifest.load(tmp_path / "s").counts
+    assert (counts["sources_removed"], counts["clips_removed"], counts["sources_duplicate"]) == (1, 1, 1)
+
+
+def records_of(folder: Path, split: str) -> set[tuple[str, str]]:
+    return {(meta["source"]["id"], key) for key, (_, meta) in samples_of(folder, split).items()}
+
+
+def test_stages_alone_add_up_to_a_run(many: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
+    videos, expected = many
+    words = many_run(videos, tmp_path / "s")[3:]
+    assert sora_data("probe", videos, tmp_path / "s", *words, "workers=0") == 0
+    assert sora_data("score", tmp_path / "s") == 2
+    for stage in ("split", "score", "filter", "dedupe", "caption", "pack"):
+        assert sora_data(stage, tmp_path / "s") == 0
+    assert files_of(tmp_path / "s") == {name: content for name, content in expected.items() if name != "report.json"}
+
+
+def test_a_changed_setting_redoes_its_stage_and_what_follows(videos: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+
+    def rows(stage: str) -> dict[str, int]:
+        return {str(path): path.stat().st_mtime_ns for path in work.glob(f"{stage}/*/*.parquet")}
+
+    run = ("run", videos, f"work={work}", "workers=0", "validation_fraction=0", PLAIN)
+    assert sora_data(*run[:2], tmp_path / "a", *run[2:]) == 0
+    before = {stage: rows(stage) for stage in ("probe", "split", "score")}
+    assert sora_data(*run[:2], tmp_path / "b", *run[2:], "filter.rules=[{score: motion, min: 1000}]") == 2
+    assert {stage: rows(stage) for stage in before} == before
+    assert sora_data(*run[:2], tmp_path / "c", *run[2:], "score.fps=1") == 0
+    assert {stage: rows(stage) for stage in ("probe", "split")} == {k: before[k] for k in ("probe", "split")}
+    assert rows("score").keys() > before["score"].keys()
+
+
+def test_quarantine_is_listed_and_tried_again(
+    videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = ("run", videos, tmp_path / "s", "workers=0", "validation_fraction=0", PLAIN)
+    assert sora_data(*run) == 0
+    capsys.readouterr()
+    assert sora_data("quarantine", "list", tmp_path / "s") == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed and reason in printed for name, (_, reason) in BAD.items())
+    assert "6 in quarantine" in printed
+    assert sora_data("quarantine", "retry", tmp_path / "s") == 0
+    assert sora_data("quarantine", "list", tmp_path / "s") == 0
+    assert "\n0 in quarantine" in capsys.readouterr().out
+    assert sora_data(*run) == 0
+    assert sora_data("quarantine", "list", tmp_path / "s") == 0
+    assert "6 in quarantine" in capsys.readouterr().out
+
+
 # ------------------------------------------------------------------------------------------------------ arithmetic
 
 
-def facts_of(pts: np.ndarray, rate: Fraction, time_base: Fraction) -> VideoFacts:
+def facts_of(pts: np.ndarray, rate: Fraction, time_base: Fraction, variable_rate: bool) -> VideoFacts:
     return VideoFacts(
         container="mov",
         codec="h264",
@@ -361,6 +480,11 @@ def facts_of(pts: np.ndarray, rate: Fraction, time_base: Fraction) -> VideoFacts
         rotation=90,
         time_base=time_base,
         average_rate=rate,
+        bit_depth=8,
+        hdr=False,
+        interlaced=False,
+        variable_rate=variable_rate,
+        frames_hash="",
         pts=pts.astype(np.int64),
     )
 
@@ -371,46 +495,72 @@ RATES = st.sampled_from(
 
 
 @settings(max_examples=60, deadline=None)
-@given(frames=st.integers(1, 3000), rate=RATES, fps=RATES, start=st.integers(-900, 900))
+@given(frames=st.integers(1, 3000), rate=RATES, fps=RATES, start=st.integers(-900, 900), data=st.data())
 def test_constant_rate_is_exact_even_where_times_are_rounded_to_milliseconds(
-    frames: int, rate: Fraction, fps: Fraction, start: int
+    frames: int, rate: Fraction, fps: Fraction, start: int, data: st.DataObject
 ) -> None:
     pts = np.array([start + round(i * 1000 / rate) for i in range(frames)])
-    picks = frames_at_rate(facts_of(pts, rate, Fraction(1, 1000)), fps)
-    assert picks.tolist() == [i * rate / fps // 1 for i in range(len(picks))]
-    assert picks[-1] <= frames - 1 < len(picks) * rate / fps
+    first = data.draw(st.integers(0, frames - 1))
+    last = data.draw(st.integers(first + 1, frames))
+    picks = frames_at_rate(facts_of(pts, rate, Fraction(1, 1000), False), fps, (first, last))
+    assert picks.tolist() == [first + i * rate / fps // 1 for i in range(len(picks))]
+    assert picks[-1] < last <= first + len(picks) * rate / fps
     if rate == fps:
-        assert picks.tolist() == list(range(frames))
+        assert picks.tolist() == list(range(first, last))
 
 
 @settings(max_examples=60, deadline=None)
-@given(steps=st.lists(st.integers(1, 4000), min_size=1, max_size=60), fps=RATES)
-def test_variable_rate_shows_the_last_frame_before_each_time(steps: list[int], fps: Fraction) -> None:
+@given(steps=st.lists(st.integers(1, 4000), min_size=1, max_size=60), fps=RATES, data=st.data())
+def test_variable_rate_shows_the_last_frame_before_each_time(
+    steps: list[int], fps: Fraction, data: st.DataObject
+) -> None:
     pts = np.cumsum([100, *steps])
     rate = Fraction(1000 * len(steps), sum(steps))
-    facts = facts_of(pts, rate, Fraction(1, 1000))
-    if np.abs(pts - 100 - np.arange(len(pts)) * 1000 / float(rate)).max() > max(1, 250 / float(rate)):
-        picks = frames_at_rate(facts, fps)
-        assert picks.tolist() == [
-            max(k for k, p in enumerate(pts) if p <= 100 + i * 1000 / fps) for i in range(len(picks))
-        ]
-    again = Probed.from_row(json.loads(json.dumps(Probed(sha256="ab", facts=facts).to_row()))).facts
-    assert again is not None and again.pts.tolist() == pts.tolist() and again.average_rate == rate
+    facts = facts_of(pts, rate, Fraction(1, 1000), True)
+    first = data.draw(st.integers(0, len(pts) - 1))
+    last = data.draw(st.integers(first + 1, len(pts)))
+    picks = frames_at_rate(facts, fps, (first, last))
+    end = pts[last] if last < len(pts) else pts[-1] + 1000 / rate
+    times = [t for i in range(len(picks) + 1) if (t := pts[first] + i * 1000 / fps) < end]
+    assert picks.tolist() == [max(k for k, p in enumerate(pts) if p <= t) for t in times]
+    assert facts_of_row(Probed.from_facts("ab", facts).row).pts.tolist() == pts.tolist()
+
+
+def media_of(facts: VideoFacts, *transitions: tuple[str, int, int], **settings_: object) -> Media:
+    kinds, firsts, lasts = (list(column) for column in zip(*transitions, strict=True)) if transitions else ([], [], [])
+    row = {"kinds": kinds, "firsts": firsts, "lasts": lasts}
+    source = Source(location="/a", name="a", row=Row())
+    return tile(source, Probed.from_facts("ab" * 32, facts), row, SplitConfig(**settings_))
+
+
+def spans(media: Media) -> list[tuple[int, int]]:
+    return [(media.shots[clip.shot][0] + clip.first, media.shots[clip.shot][0] + clip.last) for clip in media.clips]
 
 
 def test_tiles_are_gapless_and_the_rest_is_counted() -> None:
-    facts = facts_of(np.arange(100), Fraction(8), Fraction(1, 8))
-    tiling = tile(facts, PrepareConfig(clip_frames=30, min_frames=9))
-    assert tiling.bounds.tolist() == [0, 30, 60, 90, 100] and tiling.dropped == 0
-    tiling = tile(facts, PrepareConfig(clip_frames=30, min_frames=17, max_side=40))
-    assert tiling.bounds.tolist() == [0, 30, 60, 90] and tiling.dropped == 10
-    assert tiling.size == (22, 40)  # 64 * 4/3 wide, scaled to 40, and even
-    assert tile(facts, PrepareConfig(clip_seconds=4)).bounds.tolist()[:2] == [0, 32]
+    facts = facts_of(np.arange(100), Fraction(8), Fraction(1, 8), False)
+    media = media_of(facts, clip_frames=30, min_frames=9)
+    assert spans(media) == [(0, 30), (30, 60), (60, 90), (90, 100)] and media.dropped == 0
+    media = media_of(facts, clip_frames=30, min_frames=17)
+    assert spans(media) == [(0, 30), (30, 60), (60, 90)] and media.dropped == 10
+    assert media.size == (48, 85)  # 64 * 4/3 wide
+    assert clip_size(media, None, DataConfig(pack=PackConfig(max_side=40))) == (22, 40)
+    assert clip_size(media, (24, 85), DataConfig()) == (24, 84)
+    assert clip_size(media, (12, 85), DataConfig()) is None
+    assert spans(media_of(facts, clip_seconds=4))[0] == (0, 32)
 
 
-def test_held_out_share() -> None:
-    groups = {f"g{i}" for i in range(2000)}
-    assert 150 < len(held_out(groups, 0.1)) < 250
-    assert held_out(groups, 0.1) <= held_out(groups, 0.2)
-    assert held_out(groups, 0) == set() and held_out({"a"}, 0.5) == set()
-    assert len(held_out({"a", "b", "c"}, 0.001)) == 1 and len(held_out({"a", "b"}, 0.999)) == 1
+def test_no_clip_crosses_a_boundary() -> None:
+    facts = facts_of(np.arange(100), Fraction(8), Fraction(1, 8), False)
+    media = media_of(facts, ("cut", 25, 25), ("fade", 60, 70), clip_frames=20, min_frames=5)
+    assert spans(media) == [(0, 20), (20, 25), (25, 45), (45, 60), (70, 90), (90, 100)] and media.dropped == 10
+
+
+@given(groups=st.sets(st.text(max_size=4), max_size=40), more=st.text(max_size=4), fraction=st.floats(0, 0.9))
+def test_what_is_held_out_depends_on_the_group_alone(groups: set[str], more: str, fraction: float) -> None:
+    held = held_out(groups, fraction)
+    assert held <= groups
+    if fraction > 0 and len(groups) > 1:
+        assert 0 < len(held) < len(groups)
+    later = held_out({*groups, more}, fraction, at_least_one=False)
+    assert held_out(groups, fraction, at_least_one=False) == later - ({more} - groups)

@@ -98,7 +98,7 @@ def home(real_videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with av.open(videos / "bikes.mp4") as file:
         next(file.decode(video=0)).to_image().save(videos / "still.png")
     (videos / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in METADATA))
-    settings = ["fps=16", "clip_frames=17", "max_side=128", "preset=veryfast"]
+    settings = ["split.fps=16", "split.clip_frames=17", "pack.max_side=128", "pack.preset=veryfast"]
     printed = run(home, "sora-data", "run", "videos", "shards", *settings)
     assert re.search(r"sources packed +5\n", printed), printed
     return home

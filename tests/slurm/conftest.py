@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,22 @@ _why_not: list[str] = []
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """Two idle nodes. They live in namespaces of their own and die when the testbed's standard input closes, which
-    the kernel sees to even if this process is killed."""
+    """Two idle nodes that all tests share."""
+    with running_cluster() as shared:
+        yield shared
+
+
+@pytest.fixture
+def own_cluster() -> Iterator[Cluster]:
+    """Two idle nodes that one test may break."""
+    with running_cluster() as own:
+        yield own
+
+
+@contextmanager
+def running_cluster() -> Iterator[Cluster]:
+    """Nodes that live in namespaces of their own and die when the testbed's standard input closes, which the kernel
+    sees to even if this process is killed."""
     if sys.platform != "linux" or shutil.which("bash") is None:
         _skip("it needs Linux with bash")
     testbed = subprocess.Popen(

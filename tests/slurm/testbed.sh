@@ -88,6 +88,7 @@ start_node() {    # I
         exec unshare --pid --fork --kill-child --mount --mount-proc --uts \
             bash -c "hostname node$1; slurmd -D -f $3/slurm.conf -N node$1 & wait"
     ' node "$1" "$NET" "$DIR" >"$DIR/log/node$1.out" 2>&1 </dev/null &
+    echo $! >"$DIR/run/node$1.pid"    # its death is the node's
 }
 
 wait_for() {    # CMD...: poll until it succeeds

@@ -1,0 +1,235 @@
+"""One data set in the making: its folder, its settings, and its stages, each of which goes on where it stopped."""
+
+import fcntl
+import json
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from data_tools import look, pack, probe, split
+from data_tools import plan as planning
+from data_tools.config import CaptionSource, DataConfig, parse, plain
+from data_tools.plan import Packed, Plan, Rows
+from data_tools.pool import Function
+from data_tools.sources import SOURCES_SCHEMA, Source, find_sources
+from data_tools.state import Table, Unit, complete, stage_hash
+from sora_lite.data.index import Index
+from sora_lite.data.shards import MANIFEST, Manifest, ShardReader, replace_file
+from sora_lite.errors import UserError
+
+STAGES = ("probe", "split", "score", "filter", "dedupe", "caption", "pack")
+"""All stages, in their order. filter and dedupe are arithmetic on what the others found, and keep no rows."""
+
+SCHEMAS: dict[str, pa.Schema] = {
+    "probe": probe.SCHEMA,
+    "split": split.SCHEMA,
+    "score": look.SCORE_SCHEMA,
+    "caption": look.CAPTION_SCHEMA,
+    "encode": pa.schema([]),
+}
+FUNCTIONS: dict[str, Function] = {
+    "probe": probe.work,
+    "split": split.work,
+    "score": look.score_work,
+    "caption": look.caption_work,
+    "encode": pack.work,
+}
+"""What a worker does for a stage."""
+
+
+class Job:
+    """A folder of shards, the work folder that goes with it, and the settings."""
+
+    def __init__(self, folder: Path, config: DataConfig) -> None:
+        self.folder, self.config = folder, config
+        self.work = Path(config.work) if config.work else folder / ".work"
+
+    @classmethod
+    def resume(cls, folder: Path, overrides: list[str]) -> Self:
+        """With the settings that an earlier call left, changed by `overrides`. Raises UserError if there are none."""
+        # where the settings lie is the only one that has to be said again
+        work = parse(DataConfig, [word for word in overrides if word.startswith("work=")]).work
+        path = (Path(work) if work else folder / ".work") / "settings.json"
+        try:
+            saved = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            raise UserError(
+                f"{path}: not found; begin with `sora-data run VIDEOS {folder}` or `sora-data probe VIDEOS {folder}`."
+            ) from None
+        except ValueError as error:
+            raise UserError(f"{path}: is damaged ({error}); remove it and begin with `sora-data probe`.") from None
+        return cls(folder, parse(DataConfig, overrides, base=saved))
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep a second call out of both folders, and leave the settings for the next one."""
+        with locked(self.folder), locked(self.work):
+            replace_file(self.work / "settings.json", json.dumps(plain(self.config), indent=1).encode() + b"\n")
+            yield
+
+    def table(self, stage: str) -> Table:
+        """The rows of a stage under the present settings."""
+        return Table(self.work / stage / stage_hash(self.config, stage), SCHEMAS[stage])
+
+    # ------------------------------------------------------------------------------------------------ stages
+
+    def list_sources(self, videos: str) -> None:
+        """Find the sources and remember them. Raises UserError if there are none, or if their list is wrong."""
+        sources = find_sources(videos)
+        table = pa.Table.from_pylist([source.to_row() for source in sources], schema=SOURCES_SCHEMA)
+        content = pa.BufferOutputStream()
+        pq.write_table(table, content, compression="zstd")
+        replace_file(self.work / "sources.parquet", content.getvalue().to_pybytes())
+
+    def run(self, upto: str, wanted: Collection[str] = STAGES) -> Plan:
+        """Go through the stages as far as `upto`, doing what is missing of those that are wanted; return the plan.
+
+        Raises UserError if one that is not wanted has not finished.
+        """
+        if upto == "pack":
+            self._manifest()  # before hours of work that would be in vain
+        packed = self.packed()
+        sources = self.sources()
+        rows = self._rows(
+            "probe", [probe.probe_unit(one, self.config.probe) for one in sources if not one.reason], wanted
+        )
+        plan = planning.choose(sources, rows, packed, self.config)
+        if upto == "probe":
+            return plan
+        units = [split.shots_unit(source, one, self.config.split) for source, one in plan.good]
+        planning.cut(plan, self._rows("split", units, wanted), packed, self.config)
+        if upto == "split":
+            return plan
+        alive = [
+            clip for clip in plan.clips if (fate := plan.clip_fates.get(clip.key)) is None or fate.kind == "packed"
+        ]
+        units = [look.score_unit(stretch, self.config.score) for stretch in split.stretches(alive)]
+        scores = self._rows("score", units, wanted)
+        if upto == "score":
+            return plan
+        planning.sieve(plan, scores, self.config)
+        if upto == "filter":
+            return plan
+        planning.thin(plan, packed, self.config)
+        if upto == "dedupe":
+            return plan
+        captions = self._captions(plan, wanted)
+        if upto == "pack":
+            self._pack(plan, captions)
+        return plan
+
+    def _captions(self, plan: Plan, wanted: Collection[str]) -> dict[str, list[str]]:
+        """Key -> captions of the clips that are to be packed; those that cannot be had are quarantined."""
+        left = plan.left()
+        if self.config.caption.source is CaptionSource.metadata:
+            return {clip.key: clip.media.source.row.captions for clip in left}
+        units = list(look.caption_units(split.stretches(left), self.config.caption))
+        rows = self._rows("caption", units, wanted)
+        planning.caption(plan, rows)
+        return {clip.key: rows[clip.key]["captions"] for clip in plan.left()}
+
+    def _pack(self, plan: Plan, captions: dict[str, list[str]]) -> None:
+        manifest = self._manifest()
+        if not plan.left() and not manifest.pending:
+            planning.finish(plan)
+            return
+        manifest.save(self.folder)
+        pack.pack(plan, captions, self.folder, self.table("encode"), self.config)
+        planning.finish(plan)
+        manifest = Manifest.load(self.folder)
+        if not manifest.shards and not manifest.pending:
+            (self.folder / MANIFEST).unlink()
+            return
+        manifest.shards += sorted(manifest.pending, key=lambda entry: entry.path)
+        manifest.pending, manifest.counts = [], plan.count()
+        manifest.save(self.folder)
+
+    def packed_anything(self) -> bool:
+        """Whether there are finished shards."""
+        return (self.folder / MANIFEST).exists() and bool(Manifest.load(self.folder).shards)
+
+    def _manifest(self) -> Manifest:
+        """The manifest that an earlier call left, or a new one. Raises UserError if it is one of other settings."""
+        if not (self.folder / MANIFEST).exists():
+            return Manifest(config_hash=self.config.hash())
+        manifest = Manifest.load(self.folder)
+        if manifest.config_hash != self.config.hash():
+            raise UserError(
+                f"{self.folder}: holds shards that were made with other settings; give the same settings, or name "
+                f"another folder for the shards, with work={self.work} to use again what was found."
+            )
+        return manifest
+
+    def _rows(self, stage: str, units: list[Unit], wanted: Collection[str]) -> Rows:
+        """The rows of a stage, after its missing work is done if it is wanted."""
+        table = self.table(stage)
+        if stage in wanted:
+            complete(
+                table, stage, FUNCTIONS[stage], units, self.config, "file" if stage in ("probe", "split") else "clip"
+            )
+        rows = table.read()
+        missing = [key for unit in units for key in unit.keys if key not in rows]
+        if missing:
+            total = sum(len(unit.keys) for unit in units)
+            raise UserError(
+                f"{self.folder}: {stage} has not finished ({len(missing)} of {total} are missing); "
+                f"`sora-data {stage} {self.folder}` goes on."
+            )
+        return rows
+
+    # ---------------------------------------------------------------------------------------------- what there is
+
+    def sources(self) -> list[Source]:
+        """The list that the last call with VIDEOS made."""
+        path = self.work / "sources.parquet"
+        if not path.exists():
+            raise UserError(f"{path}: not found; begin with `sora-data probe VIDEOS {self.folder}`.")
+        return [Source.from_row(row) for row in pq.read_table(path, schema=SOURCES_SCHEMA).to_pylist()]
+
+    def packed(self) -> Packed:
+        """What is in finished shards."""
+        found = Packed()
+        if not (self.folder / MANIFEST).exists():
+            return found
+        manifest = Manifest.load(self.folder)
+        found.removed_keys, found.removed_sources = set(manifest.removed_keys), set(manifest.removed_sources)
+        if not manifest.shards:
+            return found
+        with tqdm(total=sum(manifest.splits.values()), desc="shards so far", unit="clip", mininterval=0.5) as bar:
+            for split_name in manifest.splits:
+                index = Index.load(self.folder, split_name)
+                for number, path in enumerate(index.shard_paths):
+                    with ShardReader(path) as reader:
+                        for i in (index.shard == number).nonzero()[0]:
+                            _remember(found, split_name, str(index.keys[i]), _meta(reader, index, int(i)))
+                            bar.update()
+        return found
+
+
+def _meta(reader: ShardReader, index: Index, i: int) -> dict[str, Any]:
+    return reader.read_json(int(index.json_offset[i]), int(index.json_size[i]), int(index.json_crc32c[i]))
+
+
+def _remember(found: Packed, split_name: str, key: str, meta: dict[str, Any]) -> None:
+    source = meta["source"]["sha256"][:16]
+    found.clips[key] = split_name
+    found.sources[source] = split_name
+    found.frames[meta["source"]["frames_hash"]] = source
+    found.phashes[key] = [int(text, 16) for text in meta.get("phash", [])]
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Create a folder and keep a second call out of it; the kernel drops the lock with the process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{folder}: another sora-data is at work in it; wait for its end or stop it.") from None
+        yield

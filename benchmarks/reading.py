@@ -28,7 +28,7 @@ def write_shard(folder: Path) -> Path:
             source = {"sha256": f"{i:064x}"}
             meta = {"frames": FRAMES, "height": SIDE, "width": SIDE, "fps": 8.0, "source": source}
             writer.add(Sample(key=f"clip{i:05d}", ext="mp4", media=media[i % len(media)], meta=meta))
-    Manifest(config_hash="", complete=True, shards=[writer.entry]).save(folder)
+    Manifest(config_hash="", shards=[writer.entry]).save(folder)
     return writer.path
 
 

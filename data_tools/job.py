@@ -135,19 +135,13 @@ class Job:
 
     def _pack(self, plan: Plan, captions: dict[str, list[str]]) -> None:
         manifest = self._manifest()
-        if not plan.left() and not manifest.pending:
-            planning.finish(plan)
-            return
-        manifest.save(self.folder)
-        pack.pack(plan, captions, self.folder, self.table("encode"), self.config)
+        if plan.left() or manifest.pending:
+            pack.pack(plan, captions, self.folder, manifest, self.table("encode"), self.config)
         planning.finish(plan)
-        manifest = Manifest.load(self.folder)
-        if not manifest.shards and not manifest.pending:
-            (self.folder / MANIFEST).unlink()
-            return
         manifest.shards += sorted(manifest.pending, key=lambda entry: entry.path)
         manifest.pending, manifest.counts = [], plan.count()
-        manifest.save(self.folder)
+        if manifest.shards:
+            manifest.save(self.folder)
 
     def packed_anything(self) -> bool:
         """Whether there are finished shards."""
@@ -188,7 +182,7 @@ class Job:
         """The list that the last call with VIDEOS made."""
         path = self.work / "sources.parquet"
         if not path.exists():
-            raise UserError(f"{path}: not found; begin with `sora-data probe VIDEOS {self.folder}`.")
+            raise UserError(f"{path}: not found; begin with `sora-data run VIDEOS {self.folder}`.")
         return [Source.from_row(row) for row in pq.read_table(path, schema=SOURCES_SCHEMA).to_pylist()]
 
     def packed(self) -> Packed:

@@ -15,16 +15,18 @@ def crop_box(luma: np.ndarray, upright: tuple[int, int]) -> Box:
     equal bar if it is dark so far (in a night scene nobody can see where it ends), and else the bar must be at most a
     quarter. Bars all around must be pairs of equals. Rounded inwards: no line of a bar remains.
     """
+    height, width = luma.shape[1:]
     across = luma.transpose(0, 2, 1)
     rows, columns = _bars(luma), _bars(across)
     if not any(rows + columns):
-        y, x = _dark_rows(luma), _dark_rows(across)
-        rows = _bars(luma[:, :, x[0] : luma.shape[2] - x[1]])
-        columns = _bars(across[:, :, y[0] : luma.shape[1] - y[1]])
+        # bars all around hide the ends of each other's edges
+        (top, bottom), (left, right) = _dark_rows(luma), _dark_rows(across)
+        if top + bottom < height and left + right < width:
+            rows, columns = _bars(luma[:, :, left : width - right]), _bars(across[:, :, top : height - bottom])
         if not all(rows + columns) or abs(rows[0] - rows[1]) > 2 or abs(columns[0] - columns[1]) > 2:
             rows = columns = 0, 0
-    top, bottom = (_to_cut(one, upright[0] / luma.shape[1]) for one in rows)
-    left, right = (_to_cut(one, upright[1] / luma.shape[2]) for one in columns)
+    top, bottom = (_to_cut(one, upright[0] / height) for one in rows)
+    left, right = (_to_cut(one, upright[1] / width) for one in columns)
     return Box(top=top, left=left, height=upright[0] - top - bottom, width=upright[1] - left - right)
 
 

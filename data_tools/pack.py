@@ -122,9 +122,15 @@ class Parts:
             path.unlink()
 
 
-def pack(plan: Plan, captions: dict[str, list[str]], folder: Path, table: Table, config: DataConfig) -> None:
-    """Encode and write what is planned and in no shard yet, committing each shard as it fills up."""
-    manifest = Manifest.load(folder)
+def pack(
+    plan: Plan,
+    captions: dict[str, list[str]],
+    folder: Path,
+    manifest: Manifest,
+    table: Table,
+    config: DataConfig,
+) -> None:
+    """Encode and write what is planned and in no shard yet, committing each shard, as pending, as it fills up."""
     for leftover in folder.glob("*.partial"):
         leftover.unlink()
     parts = Parts(table.folder / PARTS)

@@ -115,7 +115,7 @@ def _motion(luma: np.ndarray, seconds: np.ndarray) -> tuple[float, float]:
     width, height = (max(round(side * scale), 24) for side in (luma.shape[2], luma.shape[1]))
     small = [cv2.resize(one, (width, height), interpolation=_resampling(scale)) for one in luma]
     # of a still picture that was coded, hardly a pixel differs by more than 8 of 255
-    change = [float((cv2.absdiff(a, b) > 8).mean()) for a, b in pairwise(small)]
+    static = [float((cv2.absdiff(a, b) > 8).mean() < 0.005) for a, b in pairwise(small)]
     partner = np.searchsorted(seconds, seconds + 0.9 * PAIR_SECONDS)
     first = np.flatnonzero(partner < len(seconds))
     gaps = seconds[partner[first]] - seconds[first]
@@ -123,9 +123,9 @@ def _motion(luma: np.ndarray, seconds: np.ndarray) -> tuple[float, float]:
     flow, rates = cv2.DISOpticalFlow.create(cv2.DISOpticalFlow_PRESET_MEDIUM), []
     for i, j in pairs:
         if seconds[j] > seconds[i]:
-            field = flow.calc(small[i], small[j], None)  # (height, width, 2) pixels
+            field = flow.calc(small[i], small[j], np.empty(0, np.float32))  # (height, width, 2) pixels
             rates.append(np.linalg.norm(field, axis=2).mean() / width / (seconds[j] - seconds[i]))
-    return float(np.mean(rates or [0.0])), float(np.mean([one < 0.005 for one in change] or [1.0]))
+    return float(np.mean(rates or [0.0])), float(np.mean(static or [1.0]))
 
 
 def _resampling(scale: float) -> int:

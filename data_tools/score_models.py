@@ -42,26 +42,27 @@ def text_detector() -> Callable[[np.ndarray], float]:
 def aesthetic_model(folder: Path) -> Callable[[list[np.ndarray]], float]:
     """CLIP and a linear head on its normalised embedding -> mean score of pictures (h, w, 3)."""
     try:
-        import torch
         from transformers import CLIPVisionModelWithProjection
     except ImportError:
         raise UserError("score.aesthetic needs transformers: pip install 'sora_lite[aesthetic]'.") from None
+    import torch  # slow to import
+
     try:
         kind = json.loads((folder / "config.json").read_text())["model_type"]
+        if kind not in ("clip", "clip_vision_model"):
+            raise ValueError(f"its model is a {kind}")
+        model, report = CLIPVisionModelWithProjection.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
         head = load_file(folder / "head.safetensors")
-        weight, bias = head["weight"].reshape(-1), head["bias"].reshape(-1)
+        weight, bias = head["weight"].reshape(-1), head["bias"].reshape(1)
+        if report["missing_keys"] or len(weight) != model.config.projection_dim:
+            raise ValueError("the weights of the model or of the head do not fit its config.json")
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(
-            f"score.aesthetic={folder}: {error}; it must hold a CLIP model as transformers saves it, and "
-            "head.safetensors with `weight` (1, size of the embedding) and `bias` (1,)."
+            f"score.aesthetic={folder}: {str(error).splitlines()[0]}; it must hold a CLIP model as transformers saves "
+            "it, and head.safetensors with `weight` (1, size of the embedding) and `bias` (1,)."
         ) from None
-    if kind not in ("clip", "clip_vision_model"):
-        raise UserError(f"score.aesthetic={folder}: its model is a {kind}; give one of the kind clip.")
-    model, report = CLIPVisionModelWithProjection.from_pretrained(
-        folder, local_files_only=True, use_safetensors=True, output_loading_info=True
-    )
-    if report["missing_keys"] or len(weight) != model.config.projection_dim:
-        raise UserError(f"score.aesthetic={folder}: the weights of the model or of the head do not fit its config.")
     side = model.config.image_size
 
     def opinion(pictures: list[np.ndarray]) -> float:

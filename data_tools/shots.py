@@ -26,8 +26,12 @@ SHIFT = 2
 """Pixels (of 18 x 32) that a patch may have moved, each way."""
 SPANS = (12, 20, 32, 44)
 """Frames from a picture before to a picture after a dissolve, one of these."""
-DISSOLVE = 0.6
-"""How unlike each other these two must be."""
+DISSOLVE = -0.03
+"""Score from which a frame is taken for the middle of a dissolve."""
+BLANK = 20
+""""""
+NOISE = 30
+"""Variance (levels squared) below which structure counts for little."""
 CHUNK, MARGIN = 256, 32
 """Frames that are worked on at once, and frames around them that are looked at too."""
 
@@ -51,26 +55,40 @@ def shots_of(transitions: list[Transition], frames: int) -> list[tuple[int, int]
     return [(first, last) for first, last in [*shots, (start, frames)] if first < last]
 
 
+@dataclass(slots=True)
+class Hit:
+    """A frame that may be the middle of a dissolve from frame first to last."""
+
+    middle: int
+    first: int
+    last: int
+    score: float
+
+    def later(self, frames: int) -> "Hit":
+        return Hit(self.middle + frames, self.first + frames, self.last + frames, self.score)
+
+
 def find_transitions(frames: Iterable[np.ndarray]) -> list[Transition]:
-    """All transitions of a video, in order; none overlaps another.
+    """All transitions of a video, in order; none touches another.
 
     frames: uint8 RGB (36, 64, 3), every frame of the video. They are taken a chunk at a time; three floats of each are
     kept to the end.
     """
-    cuts, middles, kept = [], [], []
-    for rgb, offset, core in _chunks(frames):
+    cuts: list[int] = []
+    mixed: list[Hit] = []
+    kept: list[np.ndarray] = []
+    for rgb, offset, own in _chunks(frames):
         luma, tint = _look(rgb)
-        jump = _jumps(luma, tint)
-        is_cut = jump - _near(jump) > CUT
-        cuts += [offset + int(t) for t in np.flatnonzero(is_cut) if t in core]
-        middles += [(offset + t, offset + a, offset + b, off) for t, a, b, off in _mixed(luma, tint, is_cut) if t in core]
-        kept.append(np.stack([jump, *_blankness(luma)])[:, core.start : core.stop])
+        jumps = _jumps(luma, tint)
+        is_cut = jumps - _near(jumps) > CUT
+        cuts += [offset + t for t in np.flatnonzero(is_cut).tolist() if t in own]
+        mixed += [hit.later(offset) for hit in _mixed(luma, is_cut) if hit.middle in own]
+        kept.append(np.stack([jumps, *_blankness(luma)])[:, own.start : own.stop])
     if not kept:
         return []
-    jump, black, white = np.concatenate(kept, axis=1)
-    fades = _fades(black, jump) + _fades(white, jump)
-    found = _apart(fades, [])
-    found = _apart(_dissolves(middles), found)
+    jumps, black, white = np.concatenate(kept, axis=1)
+    found = _apart(_fades(black, jumps) + _fades(white, jumps), [])
+    found = _apart(_dissolves(mixed), found)
     found = _apart([Transition("cut", t, t) for t in cuts], found)
     return sorted(found, key=lambda one: one.first)
 
@@ -98,17 +116,16 @@ def _chunks(frames: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, int, ran
 
 
 def _look(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(T, 36, 64, 3) -> luma (T, 18, 32) in [0, 255], and colour without brightness (T, 3, 4, 2), about -4 to 4."""
-    quads = rgb.astype(np.float32).reshape(len(rgb), 18, 2, 32, 2, 3)
-    small = quads.sum((2, 4)) / 4
-    weights = np.array([0.299, 0.587, 0.114], np.float32)
+    """(T, 36, 64, 3) -> luma (T, 18, 32) in [0, 255], and tint (T, 3, 4, 2): colour that brightness does not change."""
+    small = rgb.reshape(len(rgb), 18, 2, 32, 2, 3).mean((2, 4), dtype=np.float32)
+    luma = small @ np.array([0.299, 0.587, 0.114], np.float32)
     red, green, blue = (_patch_means(small[..., i]) for i in range(3))
-    luma = small @ weights
-    tint = np.stack([red - green, blue - green], axis=-1) * 4 / (_patch_means(luma)[..., None] + 32)
+    tint = np.stack([red - green, blue - green], axis=-1) / (_patch_means(luma)[..., None] + 32)
     return luma, tint
 
 
-_ROWS, _COLUMNS = np.kron(np.eye(3), np.full((1, 6), 1 / 6)).astype(np.float32), np.kron(np.eye(4), np.full((8, 1), 1 / 8)).astype(np.float32)
+_ROWS = np.kron(np.eye(3, dtype=np.float32), np.full((1, 6), 1 / 6, np.float32))
+_COLUMNS = np.kron(np.eye(4, dtype=np.float32), np.full((8, 1), 1 / 8, np.float32))
 
 
 def _patch_means(picture: np.ndarray) -> np.ndarray:
@@ -116,33 +133,34 @@ def _patch_means(picture: np.ndarray) -> np.ndarray:
     return _ROWS @ (picture @ _COLUMNS)
 
 
-def _unlike(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """How different pictures are, pair by pair: (T,), 0 for the same, about 1 for pictures that have nothing in common.
+# -------------------------------------------------------------------------------------------------------------- cuts
 
-    Structure is compared patch by patch as the structural similarity index does (Wang et al. 2004, without its term for
-    brightness), each patch where it fits best; colour where it stands.
+
+def _unlike(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """How different the structure of two pictures is, (T, 18, 32) twice -> (T,): 0 for the same, 1 for unrelated ones.
+
+    It is that of the structural similarity index (Wang et al. 2004) without its term for brightness, of every patch at
+    the place where it fits best.
     """
-    (luma_a, tint_a), (luma_b, tint_b) = a, b
-    height, width = luma_a.shape[1:]
-    mean_a = _patch_means(luma_a)
-    variance_a = _patch_means(luma_a**2) - mean_a**2
-    padded, best = np.pad(luma_b, ((0, 0), (SHIFT, SHIFT), (SHIFT, SHIFT)), "edge"), np.full(mean_a.shape, -1, np.float32)
-    for y in range(2 * SHIFT + 1):
-        for x in range(2 * SHIFT + 1):
-            moved = np.ascontiguousarray(padded[:, y : y + height, x : x + width])
-            mean_b = _patch_means(moved)
-            variance_b = _patch_means(moved**2) - mean_b**2
-            together = _patch_means(luma_a * moved) - mean_a * mean_b
-            np.maximum(best, (2 * together + 30) / (variance_a + variance_b + 30), out=best)
-    return 1 - best.mean((1, 2)) + np.abs(tint_a - tint_b).mean((1, 2, 3))
+    mean_a = _patch_means(a)
+    variance_a = _patch_means(a**2) - mean_a**2
+    padded = np.pad(b, ((0, 0), (SHIFT, SHIFT), (SHIFT, SHIFT)), "edge")
+    likeness = np.full(mean_a.shape, -1, np.float32)
+    for y, x in np.ndindex(2 * SHIFT + 1, 2 * SHIFT + 1):
+        moved = np.ascontiguousarray(padded[:, y : y + a.shape[1], x : x + a.shape[2]])
+        mean_b = _patch_means(moved)
+        variance_b = _patch_means(moved**2) - mean_b**2
+        shared = _patch_means(a * moved) - mean_a * mean_b
+        np.maximum(likeness, (2 * shared + NOISE) / (variance_a + variance_b + NOISE), out=likeness)
+    return 1 - likeness.mean((1, 2))
 
 
 def _jumps(luma: np.ndarray, tint: np.ndarray) -> np.ndarray:
-    """Change from frame t - 1 to t that lasts: the least over all pairs up to FLASH + 1 apart that span it. (T,)"""
+    """Change from frame t - 1 to t that lasts: the least between any two frames around it, FLASH + 1 apart at most. (T,)"""
     jumps = np.full(len(luma), np.inf, np.float32)
     jumps[:1] = 0
     for apart in range(1, min(FLASH + 2, len(luma))):
-        change = _unlike((luma[:-apart], tint[:-apart]), (luma[apart:], tint[apart:]))
+        change = _unlike(luma[:-apart], luma[apart:]) + 4 * np.abs(tint[:-apart] - tint[apart:]).mean((1, 2, 3))
         for t in range(1, apart + 1):
             own = jumps[t : t + len(change)]
             np.minimum(own, change, out=own)
@@ -155,62 +173,72 @@ def _near(jumps: np.ndarray) -> np.ndarray:
     return np.max([padded[i : i + len(jumps)] for i in range(2 * NEAR + 1) if i != NEAR], axis=0)
 
 
-# ---------------------------------------------------------------------------------------------------------- gradual
+# ---------------------------------------------------------------------------------------------------------- dissolves
 
 
-def _mixed(luma: np.ndarray, tint: np.ndarray, is_cut: np.ndarray) -> list[tuple[int, int, int, float]]:
-    """Frames that look like the middle of a dissolve: (frame, first and last of the dissolve, how far from the mean)."""
+def _mixed(luma: np.ndarray, is_cut: np.ndarray) -> list[Hit]:
+    """Frames that may be the middle of a dissolve."""
     hits = []
-    fine = (np.diff(luma, axis=1) ** 2).mean((1, 2)) + (np.diff(luma, axis=2) ** 2).mean((1, 2))
+    fine = _patch_means(np.diff(luma, axis=1, append=luma[:, -1:]) ** 2 + np.diff(luma, axis=2, append=luma[:, :, -1:]) ** 2)
     cuts = np.cumsum(is_cut)
     for span in (span for span in SPANS if span < len(luma)):
-        a, middle, b = luma[:-span], luma[span // 2 : -span // 2], luma[span:]
-        away = ((b - a) ** 2).mean((1, 2)) + 4
-        off = ((middle - (a + b) / 2) ** 2).mean((1, 2)) / away
-        dip = fine[span // 2 : -span // 2] / ((fine[:-span] + fine[span:]) / 2 + 2)
-        at = np.flatnonzero((off < 0.25) & (dip < 0.7) & (cuts[span:] == cuts[:-span]))
-        if len(at) == 0:
-            continue
-        at = at[_unlike((luma[at], tint[at]), (luma[at + span], tint[at + span])) > DISSOLVE]
-        for t in at.tolist():
-            stretch = luma[t : t + span + 1].reshape(span + 1, -1)
-            way = stretch[-1] - stretch[0]
-            part = (stretch - stretch[0]) @ way / (way @ way)  # from 0 to 1
-            if np.diff(part).max() < 0.35 and 0.2 < part[span // 2] < 0.8:
-                quarter, rest = np.argmax(part > 0.25), np.argmax(part > 0.75)
-                length = max(2 * (rest - quarter), 2)
-                middle = t + (quarter + rest) // 2
-                hits.append((t + span // 2, max(t, int(middle - length // 2)), min(t + span, int(middle + length // 2 + 1)), float(off[t])))
+        half = span // 2
+        before, middle, after = luma[:-span], luma[half:-half], luma[span:]
+        off = ((middle - (before + after) / 2) ** 2).mean((1, 2)) / (((after - before) ** 2).mean((1, 2)) + 4)
+        left = fine[half:-half] / ((fine[:-span] + fine[span:]) / 2 + 4)  # T 3 4: a half, in a dissolve of unlike pictures
+        left = np.partition(left.reshape(len(left), -1), 8)[:, 8]
+        at = np.flatnonzero((off < 0.3) & (left < 1.2) & (cuts[span:] == cuts[:-span]))
+        if len(at):
+            score = _unlike(before[at], after[at]) - 2.6 * off[at] - 0.4 * left[at]
+            for t, value in zip(at.tolist(), score.tolist(), strict=True):
+                if value > DISSOLVE:
+                    step, first, last = _course(luma[t : t + span + 1])
+                    if value - 0.7 * step > DISSOLVE:
+                        hits.append(Hit(t + half, t + first, t + last, value - 0.7 * step))
     return hits
 
 
-def _dissolves(middles: list[tuple[int, int, int, float]]) -> list[Transition]:
-    """One transition of all hits that overlap, with the limits of the best of them."""
-    found: list[Transition] = []
-    for _, first, last, _ in sorted(middles, key=lambda hit: hit[3]):
-        found = _apart([Transition("dissolve", first, last)], found)
-    return found
+def _course(luma: np.ndarray) -> tuple[float, int, int]:
+    """How a stretch goes from its first picture to its last: (the largest step, 1 for all at once; first, last)."""
+    pictures = luma.reshape(len(luma), -1)
+    way = pictures[-1] - pictures[0]
+    part = (pictures - pictures[0]) @ way / (way @ way)
+    quarter, rest = int(np.argmax(part > 0.25)), int(np.argmax(part > 0.75))
+    middle, length = (quarter + rest) / 2, max(2.0 * (rest - quarter), 2.0)
+    first, last = int(middle - length / 2), int(middle + length / 2) + 1
+    return float(np.diff(part).max()), max(1, first), min(len(luma)-1, last)
+
+
+def _dissolves(hits: list[Hit]) -> list[Transition]:
+    """The best of the hits that are close together."""
+    best: list[Hit] = []
+    for hit in sorted(hits, key=lambda hit: -hit.score):
+        if all(abs(hit.middle - other.middle) >= 24 for other in best):
+            best.append(hit)
+    return [Transition("dissolve", hit.first, hit.last) for hit in best]
+
+
+# -------------------------------------------------------------------------------------------------------------- fades
 
 
 def _blankness(luma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How far each frame's centre is from plain black, and from plain white: (T,) each, in levels."""
+    """How far the middle of each picture, free of bars, is from plain black, and from plain white: (T,) each."""
     centre = luma[:, 3:15, 4:28]
     contrast, mean = centre.std((1, 2)), centre.mean((1, 2))
     return contrast + mean, contrast + 255 - mean
 
 
-def _fades(blankness: np.ndarray, jump: np.ndarray) -> list[Transition]:
+def _fades(level: np.ndarray, jumps: np.ndarray) -> list[Transition]:
     """Blank stretches, with the ramps that lead into them and out of them."""
-    count, found = len(blankness), []
-    blank = np.flatnonzero(blankness < 20)
+    found = []
+    blank = np.flatnonzero(level < BLANK)
     for run in np.split(blank, np.flatnonzero(np.diff(blank) > 1) + 1):
         if len(run) == 0:
             continue
-        first = run[0] - _ramp(blankness[run[0] :: -1])
-        last = run[-1] + _ramp(blankness[run[-1] :]) + 1
-        if last - first <= FLASH and jump[first] < CUT:
-            continue
-        found.append(Transition("fade", int(first), int(last)))
+        first = int(run[0] - _ramp(level[run[0] :: -1]))
+        last = int(run[-1] + _ramp(level[run[-1] :])) + 1
+        if last - first > FLASH or jumps[first] > CUT:
+            found.append(Transition("fade", first, last))
     return found
 
 
@@ -220,7 +248,7 @@ def _ramp(level: np.ndarray) -> int:
     while n + 2 < len(level) and n < 60:
         slope = (level[n] - level[0]) / n if n else 0
         rise = (level[n + 2] - level[n]) / 2
-        if rise < max(1, 0.3 * slope) or level[n+1]-level[n] > max(60,4*slope):
+        if rise < max(1, 0.3 * slope) or level[n + 1] - level[n] > max(60, 4 * slope):
             break
         n += 1
     return n

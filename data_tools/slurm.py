@@ -1,7 +1,7 @@
 """The work of a stage as a Slurm job array. Slurm is the engine; what is finished stands in files, as it always does.
 
-    WORK/STAGE/HASH/lists/LIST.parquet    units of work, never changed: task I of N does rows I, I + N, I + 2 N, ...
-    WORK/STAGE/HASH/lists/LIST.json       the stage, the number of tasks, the settings
+    WORK/STAGE/HASH/lists/LIST.parquet    units of work, never changed; row group I is for task I
+    WORK/STAGE/HASH/lists/LIST.json       the stage and the settings
     WORK/STAGE/HASH/logs/JOB_I.log        what task I printed
 
 LIST is a hash, and the array bears it in its name: so an array that is still at work is found again in the queue.
@@ -25,7 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -41,7 +41,7 @@ from sora_lite.cli.submit import job_command, submit
 from sora_lite.data.shards import replace_file
 from sora_lite.errors import UserError
 
-LIST_SCHEMA = pa.schema([("keys", pa.list_(pa.string())), ("task", pa.string())])
+LIST_SCHEMA = pa.schema([("keys", pa.list_(pa.string())), ("task", pa.large_string())])
 """A unit per row; task: JSON in ASCII, since names of files need not be UTF-8."""
 
 NAME = "sora-data-{}"
@@ -137,19 +137,22 @@ def _submit(table: Table, stage: str, units: list[Unit], config: DataConfig) -> 
     )
     job = submit(command, logs)
     _say(f"submitted job {job}: {stage}, {tasks} tasks; logs: {logs}/{job}_*.log")
-    return _Array(job=job, chunks=_chunks([unit.keys for unit in units], tasks), logs=logs)
+    return _Array(job=job, chunks=_chunks(path), logs=logs)
 
 
 def _write_list(table: Table, stage: str, units: list[Unit], config: DataConfig, tasks: int) -> Path:
-    rows = [{"keys": unit.keys, "task": json.dumps(unit.task)} for unit in units]
+    """Every task gets each `tasks`-th unit, so that sources that lie together and are alike are shared out evenly."""
     content = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows, schema=LIST_SCHEMA), content, compression="zstd")
+    with pq.ParquetWriter(content, LIST_SCHEMA, compression="zstd") as writer:
+        for number in range(tasks):
+            rows = [{"keys": unit.keys, "task": json.dumps(unit.task)} for unit in units[number::tasks]]
+            writer.write_table(pa.Table.from_pylist(rows, schema=LIST_SCHEMA), row_group_size=len(rows))
     written = content.getvalue().to_pybytes()
     folder = _list_folder(table)
     folder.mkdir(parents=True, exist_ok=True)
     # the folder is part of the name, since another one may want the same work, and must get its own array
     path = folder / f"{hashlib.sha256(os.fsencode(folder) + written).hexdigest()[:16]}.parquet"
-    note = {"stage": stage, "tasks": tasks, "settings": plain(config)}
+    note = {"stage": stage, "settings": plain(config)}
     replace_file(path, written)
     replace_file(path.with_suffix(".json"), json.dumps(note, indent=1).encode() + b"\n")
     return path
@@ -173,15 +176,16 @@ def _at_work(table: Table) -> list[_Array]:
             listed.unlink(missing_ok=True)
         if name not in jobs:
             continue
-        keys = pq.read_table(listed, columns=["keys"])["keys"].to_pylist()
-        chunks = _chunks(keys, json.loads(path.read_bytes())["tasks"])
-        found.append(_Array(job=jobs[name], chunks=chunks, logs=_log_folder(table)))
+        found.append(_Array(job=jobs[name], chunks=_chunks(listed), logs=_log_folder(table)))
         _say(f"job {jobs[name]} is at work on this already; waiting for it")
     return found
 
 
-def _chunks(keys: list[list[str]], tasks: int) -> list[list[str]]:
-    return [[key for unit in keys[number::tasks] for key in unit] for number in range(tasks)]
+def _chunks(path: Path) -> list[list[str]]:
+    """The keys that each task of a list is to finish."""
+    with pq.ParquetFile(path) as file:
+        groups = [file.read_row_group(number, columns=["keys"]) for number in range(file.num_row_groups)]
+    return [[key for keys in group["keys"].to_pylist() for key in keys] for group in groups]
 
 
 def _wait(arrays: list[_Array], wanted: set[str], done: "Finished", progress: Callable[[int], object]) -> set[str]:
@@ -260,18 +264,19 @@ class Finished:
     def update(self) -> set[str]:
         """All keys with a row, or for encoded clips, with a reason or a place in a part."""
         for path in self._new(self.rows, ".parquet"):
-            columns = pq.read_table(path, columns=["key", "reason"])
-            for key, reason in zip(columns["key"].to_pylist(), columns["reason"].to_pylist(), strict=True):
-                if reason or not self.encode:
-                    self._keys.add(key)
+            try:
+                rows = pq.read_table(path, columns=["key", "reason"]).to_pylist()
+            except FileNotFoundError:
+                continue  # its keys were taken out of quarantine a moment ago
+            self._keys.update(row["key"] for row in rows if row["reason"] or not self.encode)
         if self.encode:
             self.parts.mkdir(exist_ok=True)
             for path in self._new(self.parts, ".tar"):
                 try:
                     with tarfile.open(path, "r:") as tar:
                         self._keys.update(name.rpartition(".")[0] for name in tar.getnames())
-                except tarfile.TarError:
-                    pass  # its clips are not finished, and encoded anew
+                except (tarfile.TarError, FileNotFoundError):
+                    continue  # damaged, or in a shard by now
         return self._keys
 
     def _new(self, folder: Path, suffix: str) -> list[Path]:
@@ -292,19 +297,9 @@ def work_chunk(list_path: Path) -> None:
     begun, and if Slurm does not end the job itself, it is put into the queue again.
     Raises UserError outside of an array task, if the list is not there, or if a unit's settings are wrong.
     """
-    try:
-        number, tasks = int(os.environ["SLURM_ARRAY_TASK_ID"]), int(os.environ["SLURM_ARRAY_TASK_COUNT"])
-    except KeyError as name:
-        raise UserError(f"{name.args[0]}: not set; this is what Slurm runs as a task of a job array.") from None
-    try:
-        note = json.loads(list_path.with_suffix(".json").read_bytes())
-        rows = pq.read_table(list_path, schema=LIST_SCHEMA)
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename or list_path}: not found; submit the work again.") from None
+    note, units = _read_chunk(list_path)
     cores = os.environ.get("SLURM_CPUS_PER_TASK", "1")
     config = parse(DataConfig, ["executor=local", f"workers={cores}"], base=note["settings"])
-    mine = rows.take(list(range(number, len(rows), tasks))).to_pylist()
-    units = [Unit(keys=row["keys"], task=json.loads(row["task"])) for row in mine]
     table = _Careful(list_path.parent.parent, SCHEMAS[stage := note["stage"]], drain := _Drain())
     done = Finished(table, stage)
     todo = _left(units, done)
@@ -320,6 +315,24 @@ def work_chunk(list_path: Path) -> None:
     print(f"{stage}: {len(todo) - len(left)} units done, {len(left)} left", flush=True)
     if left:
         _again(drain, progress=len(left) < len(todo))
+
+
+def _read_chunk(list_path: Path) -> tuple[dict[str, Any], list[Unit]]:
+    """What lies beside the list, and this task's units."""
+    if "SLURM_ARRAY_TASK_ID" not in os.environ:
+        raise UserError("SLURM_ARRAY_TASK_ID: not set; `sora-data work` is what Slurm runs as a task of a job array.")
+    number = int(os.environ["SLURM_ARRAY_TASK_ID"])
+    try:
+        note = json.loads(list_path.with_suffix(".json").read_bytes())
+        with pq.ParquetFile(list_path) as file:
+            if number >= file.num_row_groups:
+                raise UserError(
+                    f"{list_path}: has work for tasks 0 to {file.num_row_groups - 1}, not for task {number}."
+                )
+            rows = file.read_row_group(number).to_pylist()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{list_path}: cannot be read ({error}); submit the work again.") from None
+    return note, [Unit(keys=row["keys"], task=json.loads(row["task"])) for row in rows]
 
 
 def _left(units: list[Unit], done: Finished) -> list[Unit]:

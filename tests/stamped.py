@@ -167,7 +167,7 @@ MAKERS: dict[str, Callable[[], bytes]] = {
         codec="libvpx-vp9",
         options={"g": "12", "lag-in-frames": "8", "auto-alt-ref": "1", "cpu-used": "8", "deadline": "realtime"},
     ),
-    "av1": lambda: muxed(pictures(), codec="libsvtav1", options={"g": "12", "preset": "12", "svtav1-params": "lp=1"}),
+    "av1": lambda: muxed(pictures(), codec="libsvtav1", options={"g": "12", "preset": "8", "svtav1-params": "lp=1"}),
     "mpeg2_ps": lambda: muxed(pictures(), container="vob", codec="mpeg2video", options={"g": "12", "bf": "2"}),
     "mpeg2_ts": lambda: muxed(pictures(), container="mpegts", codec="mpeg2video", options={"g": "12", "bf": "2"}),
     "mpeg4_avi": lambda: muxed(pictures(), container="avi", codec="mpeg4", options={"g": "12", "bf": "2", "b": "2M"}),

@@ -69,7 +69,7 @@ class Seen(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        self.text += data
+        self.text += data + " "
 
     @property
     def current(self) -> list[Image.Image | str]:
@@ -94,7 +94,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (videos / "b\x1b[31m\n'\"&.mp4").write_bytes(b"#EXTM3U\nfile:///etc/passwd\n")
     with open(os.fsencode(videos) + b"/\xff.mp4", "wb") as file:
         file.write(b"")
-    rows = [{"file_name": "film.mp4", "captions": ["<script>alert(1)</script>", "a\x00\u202eb"]}]
+    captions = ["<script>alert(1)</script>", "a\x00\u202eb"]
+    rows = [{"file_name": name, "captions": captions} for name in ("film.mp4", "copy.mp4")]
     (videos / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     settings = ("split.clip_frames=12", "split.min_frames=8", "workers=1", "filter.rules=[{score: motion, min: 0.02}]")
     assert sora_data("probe", videos, folder / "shards", *settings) == 0
@@ -137,7 +138,7 @@ def test_the_page_is_one_file_that_runs_nothing_and_shows_names_as_they_are(shar
     assert "not a video container" in page.text and "the file is empty" in page.text
 
 
-def test_a_source_that_is_gone_leaves_empty_places_with_the_reason(shards: Path) -> None:
+def test_a_source_that_was_damaged_leaves_empty_places_with_the_reason(shards: Path) -> None:
     folder = shards.parent / "videos"
     before = Seen((shards / "report.html").read_text())
     stamp = (folder / TAG).stat()

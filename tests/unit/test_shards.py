@@ -9,7 +9,7 @@ import pytest
 import webdataset
 
 from sora_lite.data.index import Index
-from sora_lite.data.shards import DamagedSample, Manifest, Sample, ShardReader, ShardWriter
+from sora_lite.data.shards import SCHEMA_VERSION, DamagedSample, Manifest, Sample, ShardReader, ShardWriter
 from sora_lite.errors import UserError
 
 
@@ -27,7 +27,7 @@ def make_sample(i: int, ext: str = "mp4") -> Sample:
 
 def make_set(folder: Path, shards: int = 2, per_shard: int = 3) -> Manifest:
     folder.mkdir()
-    manifest = Manifest(config_hash="c", complete=True)
+    manifest = Manifest(config_hash="c")
     for s in range(shards):
         with ShardWriter(folder / f"train-{s:06d}.tar", split="train") as writer:
             for i in range(per_shard):
@@ -111,14 +111,15 @@ def test_what_is_missing_is_named_with_the_cure(tmp_path: Path) -> None:
     refused(r"idx\.parquet.*SHA-256.*again")
     (tmp_path / "set" / manifest.shards[0].path).unlink()
     refused(r"train-000000\.tar.*missing.*sora-data run")
-    manifest.complete = False
+    manifest.shards, manifest.pending = [], manifest.shards
     manifest.save(tmp_path / "set")
     refused(r"interrupted.*sora-data run")
     for content in (
         "[]",
         "{",
         '{"schema_version": 99}',
-        json.dumps({"schema_version": 1, "splits": {}, "shards": [3]}),
+        json.dumps({"schema_version": SCHEMA_VERSION, "splits": {}, "shards": [3]}),
+        (tmp_path / "set" / "manifest.json").read_text().replace('"samples": 3', '"samples": 4'),
     ):
         (tmp_path / "set" / "manifest.json").write_text(content)
         refused(r"manifest\.json: ")
@@ -133,6 +134,18 @@ def test_manifest_round_trip_and_hostile_names(tmp_path: Path) -> None:
     manifest.save(tmp_path / "set")
     with pytest.raises(UserError, match="outside"):
         Manifest.load(tmp_path / "set")
+
+
+def test_what_is_taken_down_is_not_read(tmp_path: Path) -> None:
+    manifest = make_set(tmp_path / "set")
+    whole = Index.load(tmp_path / "set", "train")
+    manifest.removed_keys = [str(whole.keys[1]), str(whole.keys[4])]
+    manifest.save(tmp_path / "set")
+    index = Index.load(tmp_path / "set", "train")
+    assert index.keys.tolist() == [key for i, key in enumerate(whole.keys.tolist()) if i not in (1, 4)]
+    assert index.removed == [whole.keys[1], whole.keys[4]]
+    assert index.fingerprint() != whole.fingerprint()
+    assert len(Index.load(tmp_path / "set", "train", with_removed=True)) == 6
 
 
 def test_fingerprint_follows_the_content(tmp_path: Path) -> None:

@@ -50,8 +50,8 @@ def clusters(phashes: Sequence[np.ndarray], distance: int, overlap: float, crowd
 
     phashes: uint64 (seconds,) of each clip, 0 = no hash: such a second matches nothing.
     distance: most bits in which seconds may differ, 0 to 32. overlap: in (0, 1].
-    Memory: about 160 bytes for each second, and 150 MB for the pairs in work. All copies of a clip count as one cluster, and
-    so do the clips of one long shot in which hardly anything changes.
+    Clips of one shot that hardly changes are near duplicates too, although they are no copies.
+    Memory: about 160 bytes for each second, and up to 150 MB for the pairs that are being compared.
     """
     if not 0 <= distance <= 32 or not 0 < overlap <= 1:
         raise ValueError(f"distance must lie in [0, 32], not {distance}, and overlap in (0, 1], not {overlap}")

@@ -6,6 +6,9 @@ import numpy as np
 
 from sora_lite.data.video import Box
 
+SMALLEST = 64
+"""Pixels of a side below which nothing is taken for a bar."""
+
 
 def crop_box(luma: np.ndarray, upright: tuple[int, int]) -> Box:
     """What remains of the upright (H, W) picture without the dark bars at its sides, from luma uint8 (N, h, w).
@@ -66,7 +69,7 @@ def _dark_rows(luma: np.ndarray) -> tuple[int, int]:
 def _bar(luma: np.ndarray, dark: int) -> int:
     """Rows up to the end of a bar of `dark` rows, with that in which it ends; 0 = it does not end as a bar does."""
     rows, columns = luma.shape[1:]
-    if dark == 0 or dark + 1 < 0.02 * rows:
+    if dark == 0 or dark + 1 < 0.02 * rows or rows < SMALLEST:
         return 0
     level, tenth = round(float(np.median(luma[:, 0]))), max(columns // 10, 1)
     for end in range(dark, min(dark + 2, rows - 1)):

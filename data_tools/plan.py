@@ -199,7 +199,7 @@ def score_columns(clips: list[Clip], scores: Rows) -> dict[str, np.ndarray]:
 
 
 def _dedupe(plan: Plan, packed: Packed, config: DataConfig) -> dict[str, int]:
-    """Clusters of near duplicates by key; all but one clip of each are given their fate."""
+    """Clusters of near duplicates by key. In each, one source keeps its clips: what follows itself is no copy of it."""
     if not config.dedupe.near:
         return {}
     clips = {clip.key: clip for clip in plan.left()}
@@ -219,7 +219,7 @@ def _dedupe(plan: Plan, packed: Packed, config: DataConfig) -> dict[str, int]:
     best: dict[int, str] = {}
     for key in sorted(keys, key=rank):
         original = best.setdefault(clusters[key], key)
-        if original != key and key in clips:
+        if original[:16] != key[:16] and key in clips:
             plan.clip_fates[key] = Fate(kind="duplicate", reason=f"looks like {original}", stage="dedupe")
     return clusters
 
@@ -248,12 +248,16 @@ def _assign(plan: Plan, clusters: dict[str, int], packed: Packed, config: DataCo
     settled: dict[str, set[str]] = {}
     for source, split in packed.sources.items():
         settled.setdefault(root(f"source {source}"), set()).add(split)
-    roots = {media.sha256: root(f"source {media.sha256[:16]}") for media in plan.media}
-    # named by the files' content or the user's groups, so that it is the same wherever the files lie
-    fresh = set(roots.values()) - set(settled)
+    # named by the user's groups or the files' content, so that the split is the same wherever the files lie
+    names: dict[str, str] = {}
+    for media in plan.media:
+        place, name = root(f"source {media.sha256[:16]}"), media.source.row.group or media.sha256
+        names[place] = min(name, names.get(place, name))
+    fresh = {name for place, name in names.items() if place not in settled}
     held = held_out(fresh, config.validation_fraction, at_least_one=not packed.sources)
     for media in plan.media:
-        splits = settled.get(roots[media.sha256], {"validation" if roots[media.sha256] in held else "train"})
+        place = root(f"source {media.sha256[:16]}")
+        splits = settled.get(place, {"validation" if names[place] in held else "train"})
         if (own := packed.sources.get(media.sha256[:16])) is not None:
             splits = {own}
         if len(splits) > 1:

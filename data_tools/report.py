@@ -4,12 +4,12 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
 from data_tools.job import Job
-from data_tools.plan import KINDS, Fate, Plan
+from data_tools.plan import KINDS, Fate, Plan, finish
 from sora_lite.data.shards import MANIFEST, Manifest, replace_file
 
 REPORT = "report.json"
@@ -37,8 +37,9 @@ class Tally:
 def tally(plan: Plan) -> dict[str, Tally]:
     """Fate -> how much has it. "found" comes first and is the sum of the others; LEFT comes last, if anything is."""
     tallies = {kind: Tally() for kind in ("found", *KINDS, LEFT)}
+    fates = source_fates(plan)
     for source in plan.sources:
-        for kind in ("found", kind_of(plan.source_fates.get(source.name))):
+        for kind in ("found", kind_of(fates.get(source.name))):
             tallies[kind].sources += 1
     for clip in plan.clips:
         for kind in ("found", kind_of(plan.clip_fates.get(clip.key))):
@@ -52,6 +53,14 @@ def tally(plan: Plan) -> dict[str, Tally]:
     return tallies
 
 
+def source_fates(plan: Plan) -> dict[str, Fate]:
+    """Name of a source -> its fate, also before the end where none of its clips is left."""
+    settled = [media for media in plan.media if all(clip.key in plan.clip_fates for clip in media.clips)]
+    part = replace(plan, media=settled, source_fates=dict(plan.source_fates))
+    finish(part)
+    return part.source_fates
+
+
 def summary(plan: Plan, folder: Path, longest: int = 20) -> str:
     """The table that every verb prints, after any stage. At most `longest` sources, and reasons of clips, are listed.
 
@@ -63,12 +72,9 @@ def summary(plan: Plan, folder: Path, longest: int = 20) -> str:
         lines.append(f"{kind:<14}{figures}")
     if dropped := sum(media.dropped for media in plan.media):
         lines.append(f"{'in no clip':<14}{'':>24}{dropped:>15,}  in transitions, or too few at the end of a shot")
-    lines += [f"{split:<14}{'':>12}{rest}" for split, rest in splits(folder)]
+    lines += [f"{split:<14}{counted(clips, 'clip', 24)} {rest}" for split, clips, rest in splits(folder)]
     sources = [f"  {fate.kind:<13}{name}: {short(fate.reason)}" for name, fate in left_out_sources(plan)]
-    clips = [
-        f"  {kind:<13}{count:,} clip{'s' if count > 1 else ''}: {short(reason)}"
-        for kind, reason, count in clip_reasons(plan)
-    ]
+    clips = [f"  {kind:<13}{counted(count, 'clip')}: {short(reason)}" for kind, reason, count in clip_reasons(plan)]
     for found, what in ((sources, "sources"), (clips, "reasons")):
         lines += found[:longest]
         if len(found) > longest:
@@ -76,22 +82,23 @@ def summary(plan: Plan, folder: Path, longest: int = 20) -> str:
     return "\n".join(lines)
 
 
-def splits(folder: Path) -> Iterator[tuple[str, str]]:
-    """(split, its clips, shards and size in words), as the manifest has them."""
+def splits(folder: Path) -> Iterator[tuple[str, int, str]]:
+    """(split, its clips, what is to be said of them), as the manifest has them."""
     manifest = Manifest.load(folder) if (folder / MANIFEST).exists() else None
     if manifest is None or not manifest.shards:
         return
     for split, samples in manifest.splits.items():
         shards = [entry for entry in manifest.shards if entry.split == split]
         size = sum(entry.bytes for entry in shards) / 2**20
-        yield split, f"{samples:>12,} clips in {len(shards):,} shard{'s' * (len(shards) != 1)}, {size:,.1f} MiB"
+        yield split, samples, f"in {counted(len(shards), 'shard')}, {size:,.1f} MiB"
     if "validation" not in manifest.splits:
-        yield "validation", f"{0:>12,} clips: nothing is held out, so training will show no val_loss"
+        yield "validation", 0, "are held out, so training will show no val_loss"
 
 
 def left_out_sources(plan: Plan) -> list[tuple[str, Fate]]:
     """(name, fate) of the sources that are not packed: those that could not be used first, each kind by name."""
-    named = [(source.name, plan.source_fates.get(source.name)) for source in plan.sources]
+    fates = source_fates(plan)
+    named = [(source.name, fates.get(source.name)) for source in plan.sources]
     found = [(name, fate) for name, fate in named if fate is not None and fate.kind != "packed"]
     return sorted(found, key=lambda pair: _urgency(pair[1].kind))
 
@@ -125,6 +132,11 @@ def short(text: str, most: int = 300) -> str:
     """Reasons quote what stands in damaged files: nothing of it may steer a terminal, or fill it."""
     text = "".join(char if char.isprintable() else "�" for char in text)
     return text if len(text) <= most else f"{text[:most]} …"
+
+
+def counted(count: int, word: str, width: int = 0) -> str:
+    """1 clip, 1,234 clips. width: of the number."""
+    return f"{count:>{width},} {word}{'s' * (count != 1)}"
 
 
 def clock(seconds: float | Fraction, digits: int = 0) -> str:
@@ -169,16 +181,11 @@ def _counts(plan: Plan) -> dict[str, int]:
 
 
 def _left_out(plan: Plan) -> dict[str, list[dict[str, str]]]:
-    """Every source and every clip that is not packed, in the order of their names and of packing."""
-    sources = [
-        {"name": source.name, **asdict(fate)} for source in plan.sources if (fate := plan.source_fates.get(source.name))
-    ]
+    """Every source and every clip that is not packed; clips in the order of packing."""
+    sources = [{"name": name, **asdict(fate)} for name, fate in left_out_sources(plan)]
     clips = [
         {"key": clip.key, "source": clip.media.source.name, **asdict(fate)}
         for clip in plan.clips
-        if (fate := plan.clip_fates.get(clip.key))
+        if (fate := plan.clip_fates.get(clip.key)) is not None and fate.kind != "packed"
     ]
-    return {
-        name: [row for row in rows if row["kind"] != "packed"]
-        for name, rows in (("sources", sources), ("clips", clips))
-    }
+    return {"sources": sources, "clips": clips}

@@ -23,7 +23,18 @@ from data_tools.job import Job
 from data_tools.look import encode_jpeg
 from data_tools.plan import Plan, crop_box, score_columns
 from data_tools.pool import Rows, Task, beat
-from data_tools.report import LEFT, REPORT, clip_reasons, clock, kind_of, left_out_sources, short, splits, tally
+from data_tools.report import (
+    LEFT,
+    REPORT,
+    clip_reasons,
+    clock,
+    counted,
+    kind_of,
+    left_out_sources,
+    short,
+    splits,
+    tally,
+)
 from data_tools.score import MEANINGS
 from data_tools.sources import open_source
 from data_tools.split import Clip, Media
@@ -166,12 +177,17 @@ class Page:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        environment.filters |= {"clock": clock, "number": lambda count: f"{count:,}", "short": short}
+        environment.filters |= {
+            "clock": clock,
+            "counted": counted,
+            "number": lambda count: f"{count:,}",
+            "short": short,
+        }
         return environment.get_template("report.html.jinja").render(
             title=short(self.job.folder.resolve().name),
             tallies=tally(self.plan),
             dropped=sum(media.dropped for media in self.plan.media),
-            splits=[(name, rest.strip()) for name, rest in splits(self.job.folder)],
+            splits=list(splits(self.job.folder)),
             scored=len(self.scored),
             effects=self._effects(),
             together=int(self._outside(self.thresholds).sum()),
@@ -201,7 +217,9 @@ class Page:
         return outside
 
     def _effects(self) -> list[Effect]:
-        masks = np.array([self._outside([one]) for one in self.thresholds], dtype=bool).reshape(len(self.thresholds), len(self.scored))
+        masks = np.array([self._outside([one]) for one in self.thresholds], dtype=bool).reshape(
+            len(self.thresholds), len(self.scored)
+        )
         times = masks.sum(axis=0)
         return [
             Effect(text=_rule_text(one), alone=int(mask.sum()), only=int((mask & (times == 1)).sum()))
@@ -237,14 +255,14 @@ class Page:
         rows = []
         most = NEAR if len(ends) == 1 else NEAR_BOTH
         for kind, end in ends:
-            # a value that equals the threshold is kept
-            below = values < end if kind == "min" else values <= end
+            inside = values >= end if kind == "min" else values <= end
             nearest = self._order(np.abs(values - end))
-            under, over = nearest[below[nearest]], nearest[(values >= end if kind == "min" else values > end)[nearest]]
-            words = "left out: just below", "kept: from", "kept: up to", "left out: just above"
-            titles = [f"{words[side + 2 * (kind == 'max')]} {_figure(end)}" for side in (0, 1)]
-            rows.append(self._row(titles[0], name, values, under[:most][::-1]))
-            rows.append(self._row(titles[1], name, values, over[:most]))
+            kept, out = nearest[inside[nearest]][:most], nearest[~inside[nearest]][:most]
+            if kind == "min":
+                sides = [("left out: just below", out[::-1]), ("kept: from", kept)]
+            else:
+                sides = [("kept: up to", kept[::-1]), ("left out: just above", out)]
+            rows += [self._row(f"{title} {_figure(end)}", name, values, chosen) for title, chosen in sides]
         return rows
 
     def _order(self, values: np.ndarray) -> np.ndarray:
@@ -302,7 +320,7 @@ class Page:
                     looks=[self._look(media, int(pts[last])), self._look(media, int(pts[first]))],
                     name=media.source.name,
                     at=_at(media, int(pts[first])),
-                    value="cut" if between == 0 else f"{between} frames between",
+                    value=counted(between, "frame") + " between" if between else "cut",
                 )
             )
         return tiles
@@ -320,7 +338,7 @@ class Page:
         for bits, _, original, second, clip, other in sorted(found, key=lambda row: row[:2])[:PAIRS]:
             kept = self._tile(original, pts=_second(original, second))
             copy = self._tile(clip, pts=_second(clip, other))
-            copy.value, copy.note = f"{-bits:.1f} of 64 bits differ", "duplicate"
+            kept.value, copy.value = "kept", f"{-bits:.1f} bits differ"
             pairs.append([kept, copy])
         return pairs
 
@@ -345,7 +363,8 @@ def histogram(values: np.ndarray, ends: list[tuple[str, float]]) -> Histogram:
     reach = 2 * (last - first) or np.inf
     low = min([max(float(values.min()), first - reach), *(end for _, end in ends)])
     high = max([min(float(values.max()), last + reach), *(end for _, end in ends)])
-    high = high if high > low else low + 1.0
+    if high - low <= 1e-9 * max(1.0, abs(low), abs(high)):  # all the same
+        high = low + 1.0
     edges = np.linspace(low, high, BARS + 1)
     outside = np.zeros(len(values), dtype=bool)
     for kind, end in ends:
@@ -358,7 +377,7 @@ def histogram(values: np.ndarray, ends: list[tuple[str, float]]) -> Histogram:
         left_out = height * int(cut[i]) / int(totals[i])
         lower = "…" if i == 0 and values.min() < low else _figure(edges[i])
         upper = "…" if i == BARS - 1 and values.max() > high else _figure(edges[i + 1])
-        title = f"{lower} to {upper}: {totals[i]:,} clips" + (f", {cut[i]:,} left out" if cut[i] else "")
+        title = f"{lower} to {upper}: {counted(int(totals[i]), 'clip')}" + (f", {cut[i]:,} left out" if cut[i] else "")
         step = WIDTH / BARS
         bars.append(Bar(left=i * step, width=step - 1.5, kept=height - left_out, out=left_out, title=title))
 

@@ -237,7 +237,7 @@ def _fades(level: np.ndarray, jumps: np.ndarray) -> list[Transition]:
             continue
         first = int(run[0] - _ramp(level[run[0] :: -1]))
         last = int(run[-1] + _ramp(level[run[-1] :])) + 1
-        if last - first > FLASH or jumps[first] > CUT:
+        if last - first > FLASH or jumps[first] > 2 * CUT:
             found.append(Transition("fade", first, last))
     return found
 

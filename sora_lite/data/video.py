@@ -12,7 +12,7 @@ file claims to hold is checked against `Limits` before anything is decoded, and 
 import io
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
@@ -450,7 +450,17 @@ class _Reader:
 
     def frames_from(self, start: int) -> Iterator[tuple[int, VideoFrame]]:
         """Yield (pts, frame) for every frame with pts >= start. As few as possible of those before are decoded."""
-        for time, frame in self._sought(start) or self._skipped_to(start) or self.frames():
+        decoded = self._sought(start) or self._skipped_to(start)
+        if decoded is not None:
+            try:
+                for time, frame in decoded:
+                    if time >= start:
+                        yield time, frame
+                        start = time + 1
+                return
+            except BadVideo:
+                pass  # it may miss something that was skipped; whether the file is at fault shows when it is read whole
+        for time, frame in self.frames():
             if time >= start:
                 yield time, frame
 
@@ -502,10 +512,9 @@ class _Reader:
                 self.demuxer.seek(target, stream=self.stream)
             except av.FFmpegError:  # no such place in its index
                 return None
-            decoded = self._decode(self.demuxer.demux(self.stream), whole=False)
-            first = next(decoded, None)
-            if first is not None and first[0] <= start:
-                return chain([first], decoded)
+            decoded = _if_early(self._decode(self.demuxer.demux(self.stream), whole=False), start)
+            if decoded is not None:
+                return decoded
         return None
 
     def _skipped_to(self, start: int) -> Iterator[tuple[int, VideoFrame]] | None:
@@ -529,9 +538,7 @@ class _Reader:
                     break
         except (av.FFmpegError, OSError) as error:
             raise BadVideo(f"cannot be read: {error.strerror}") from error
-        decoded = self._decode(chain(held, packets), whole=False)
-        first = next(decoded, None)
-        return chain([first], decoded) if first is not None and first[0] <= start else None
+        return _if_early(self._decode(chain(held, packets), whole=False), start)
 
     def _decode(self, packets: "Iterable[Packet[VideoStream]]", *, whole: bool) -> Iterator[tuple[int, VideoFrame]]:
         """Yield (pts, frame) in order of presentation; pts strictly increase. Raises BadVideo at the first fault.
@@ -540,7 +547,7 @@ class _Reader:
         """
         exact = whole and self.container == "mov"  # of the headers only mp4's counts can be relied on
         promised = len(self.stream.index_entries) if exact else 0
-        read, last, checked = 0, None, _Checked(self.limits, self.time_base)
+        read, last, check = 0, None, _Check(self.limits, self.time_base)
         try:
             for packet in packets:
                 self.beat()
@@ -552,23 +559,31 @@ class _Reader:
                     # AVI and raw streams may name no times: count on from the last
                     time = next((t for t in (frame.pts, frame.dts) if t is not None), 0 if last is None else last + 1)
                     last = time if last is None else max(time, last + 1)
-                    checked(frame, last)
+                    check(frame, last)
                     yield last, frame
         except (av.FFmpegError, OSError) as error:
+            if self.stream.codec_context.width == 0:  # as FFmpeg leaves it after refusing a size
+                raise BadVideo(f"its pictures have no size, or more than {self.limits.max_pixels} pixels") from error
             raise BadVideo(f"cannot be decoded after packet {read}: {error.strerror}") from error
         if read < promised:
             raise BadVideo(f"cut off: {read} of the {promised} frames that its header names are there")
 
 
-@dataclass(slots=True)
-class _Checked:
+def _if_early(decoded: Iterator[tuple[int, VideoFrame]], start: int) -> Iterator[tuple[int, VideoFrame]] | None:
+    """The same frames, if the first of them is good and not after `start`."""
+    try:
+        first = next(decoded, None)
+    except BadVideo:
+        return None
+    return chain([first], decoded) if first is not None and first[0] <= start else None
+
+
+class _Check:
     """Looks at each decoded frame of a file, and raises BadVideo at one that may not be used."""
 
-    limits: Limits
-    time_base: Fraction
-    count: int = 0
-    first: int = 0
-    shape: tuple[int, int] = field(default=(0, 0))
+    def __init__(self, limits: Limits, time_base: Fraction) -> None:
+        self.limits, self.longest = limits, int(limits.max_seconds / time_base)
+        self.count, self.first, self.shape = 0, 0, (0, 0)
 
     def __call__(self, frame: VideoFrame, time: int) -> None:
         shape = frame.height, frame.width
@@ -582,7 +597,7 @@ class _Checked:
         self.count += 1
         if self.count > self.limits.max_frames:
             raise BadVideo(f"more than {self.limits.max_frames} frames")
-        if (time - self.first) * self.time_base > self.limits.max_seconds:
+        if time - self.first > self.longest:
             raise BadVideo(f"longer than {self.limits.max_seconds:g} seconds")
 
 
@@ -597,7 +612,7 @@ def _rate(pts: list[int], time_base: Fraction, named: Fraction | None) -> Fracti
         return named or Fraction(1)
     measured = (len(pts) - 1) / ((pts[-1] - pts[0]) * time_base)
     drift = abs(named / measured - 1) * (len(pts) - 1) if named else 1  # in frames, at the end of the file
-    return named if named and drift < Fraction(1, 2) else rational(measured)
+    return named if named and drift < Fraction(1, 2) else rational(measured) or measured
 
 
 def _is_steady(pts: np.ndarray, ticks: Fraction) -> bool:

@@ -32,7 +32,7 @@ ONLY_IN = {
     "omegaconf": ("sora_lite.config", "sora_lite.cli", "sora_lite.training.trainer", "data_tools"),
     "torch.distributed": ("sora_lite.parallel", "sora_lite.training", "sora_lite.cli"),
     "av": ("sora_lite.data.video",),
-    "torch": ("sora_lite", "data_tools.transnet"),
+    "torch": ("sora_lite", "data_tools.transnet", "data_tools.score_models"),
 }
 
 TORCH_FREE = {f"sora_lite.data.{name}" for name in ("shards", "index", "video", "order", "buckets")}

@@ -1,6 +1,5 @@
 """What a user gets for a mistake: one line that says the cure and exit status 2, never a traceback."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import pytest
 from tiny_inputs import Tiny, call, make_vae
 
 from sora_lite.data.index import Index
+from sora_lite.data.shards import Manifest
 
 Refused = Callable[..., str]
 
@@ -152,10 +152,10 @@ class TestCheckpoint:
 
     def test_of_other_shards(self, tiny: Tiny, runs: Path, tmp_path: Path, refused: Refused) -> None:
         shards = Path(shutil.copytree(tiny.shards, tmp_path / "shards"))
-        manifest = json.loads((shards / "manifest.json").read_text())
-        for entry in manifest["shards"]:
-            entry["sha256"] = "0" * 64
-        (shards / "manifest.json").write_text(json.dumps(manifest))
+        manifest = Manifest.load(shards)
+        for entry in manifest.shards:
+            entry.sha256 = "0" * 64
+        manifest.save(shards)
         line = refused(*train_words(tiny, runs, f"data.shards={shards}", "run.steps=4"))
         assert "other shards" in line and "give run.name another name" in line
 

@@ -165,12 +165,12 @@ def test_report_json_is_stable(shards: Path) -> None:
     assert (shards / "report.json").read_bytes() == before
     content = json.loads(before)
     counts = content["counts"]
-    assert (counts["sources_found"], counts["sources_quarantined"], counts["sources_left"]) == (5, 2, 3)
+    assert (counts["sources_found"], counts["sources_quarantined"], counts["sources_left"]) == (5, 2, 1)
     assert (counts["clips_found"], counts["clips_filtered"], counts["clips_duplicate"], counts["clips_left"]) == (
         10,
         2,
         4,
         4,
     )
-    assert [row["kind"] for row in content["sources"]] == ["quarantined"] * 2
+    assert [row["kind"] for row in content["sources"]] == ["quarantined"] * 2 + ["filtered", "duplicate"]
     assert {row["reason"].split()[0] for row in content["clips"] if row["kind"] == "filtered"} == {"motion"}

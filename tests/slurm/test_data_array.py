@@ -16,7 +16,7 @@ from sora_lite.data.video import encode_mp4
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
 
-VIDEOS, MANY = 12, 200
+VIDEOS, MANY = 10, 120
 SETTINGS = ["split.clip_frames=32", "split.detector=none", "validation_fraction=0.3", "pack.shard_mb=1"]
 ARRAY = ["executor=slurm", "slurm.tasks=2", "slurm.cpus_per_task=1", "slurm.time=0:10:00"]
 
@@ -31,7 +31,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("videos")
     for i in range(VIDEOS):
         texture = np.random.default_rng(i).integers(0, 255, (240, 320, 3), dtype=np.uint8)
-        frames = np.stack([np.roll(texture, (step, 2 * step), axis=(0, 1)) for step in range(96)])
+        frames = np.stack([np.roll(texture, (step, 2 * step), axis=(0, 1)) for step in range(64)])
         (folder / f"{i:02}.mp4").write_bytes(encode_mp4(frames, 24, 30))
     return folder
 

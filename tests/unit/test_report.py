@@ -72,7 +72,8 @@ def score_rows(plan: Plan) -> dict[str, dict]:
     random = np.random.default_rng(0)
     values = random.random((len(plan.clips), len(SCORES)))
     hashes = random.integers(1, 2**64, (len(plan.clips), 2), dtype=np.uint64)
-    hashes[1::5] = hashes[0::5][: len(hashes[1::5])]  # each fifth clip is like the one before it
+    each = len(plan.media[0].clips)
+    hashes[each : 2 * each] = hashes[:each][: len(hashes) - each]  # the second source looks like the first
     return {
         clip.key: {"reason": "", "crop": [0, 0, 48, 64], "phash": one.tolist()} | dict(zip(SCORES, row, strict=True))
         for clip, row, one in zip(plan.clips, values.tolist(), hashes, strict=True)
@@ -103,6 +104,17 @@ def test_nothing_is_lost_in_the_table_after_any_stage(tmp_path: Path, stages: in
         assert saved["counts"] == counts
         assert len(saved["clips"]) == counts["clips_found"] - counts["clips_packed"] > 0
         assert [row["name"] for row in saved["sources"] if row["kind"] == "duplicate"] == ["1.mp4"]
+
+
+def test_a_source_without_clips_that_are_left_has_its_fate_at_once(tmp_path: Path) -> None:
+    job, plan = make(tmp_path, 8, 130, "filter.rules=[{score: motion, min: 2}]", stages=3)
+    table = table_of(report.summary(plan, job.folder))
+    assert (table["filtered"][0], "left so far" in table) == (6, False)
+    report.save(job, plan)
+    names = {row["name"]: row["kind"] for row in json.loads((job.folder / "report.json").read_text())["sources"]}
+    assert names.pop("2.mp4") == "quarantined" and names.pop("1.mp4") == "duplicate"
+    assert names == {f"{i}.mp4": "filtered" for i in (0, 3, 4, 5, 6, 7)}
+    assert "0.mp4" not in plan.source_fates
 
 
 def test_the_table_groups_reasons_and_cannot_steer_a_terminal(tmp_path: Path) -> None:
@@ -136,7 +148,7 @@ def test_the_table_counts_shards_and_warns_without_validation(tmp_path: Path) ->
     manifest.shards[1].split = "validation"
     manifest.save(tmp_path)
     text = report.summary(plan, tmp_path)
-    assert re.search(r"^validation +1 clips in 1 shard, 1\.0 MiB$", text, flags=re.MULTILINE)
+    assert re.search(r"^validation +1 clip in 1 shard, 1\.0 MiB$", text, flags=re.MULTILINE)
     assert "no val_loss" not in text
 
 
@@ -158,7 +170,7 @@ def test_clock() -> None:
 def test_a_histogram_holds_every_clip_once(values: Sequence[float], low: float | None, high: float | None) -> None:
     ends = [(kind, end) for kind, end in (("min", low), ("max", high)) if end is not None]
     drawn = report_page.histogram(np.array(values), ends)
-    counts = [re.findall(r"([\d,]+) (?:clips|left out)", bar.title) + ["0"] for bar in drawn.bars]
+    counts = [re.findall(r"([\d,]+) (?:clips?|left out)", bar.title) + ["0"] for bar in drawn.bars]
     assert sum(int(count[0]) for count in counts) == len(values)
     outside = [v for v in values if (low is not None and v < low) or (high is not None and v > high)]
     assert sum(int(count[1]) for count in counts) == len(outside)

@@ -40,13 +40,13 @@ def test_every_score_has_its_meaning_and_value() -> None:
 # -------------------------------------------------------------------------------------------------------- motion
 
 
-@pytest.mark.parametrize("speed", [0.02, 0.1, 0.4])
+@pytest.mark.parametrize("pixels", [2, 6, 24])
 @pytest.mark.parametrize("axis", [0, 1])
-def test_motion_is_the_speed_in_widths_per_second(speed: float, axis: int) -> None:
+def test_motion_is_the_speed_in_widths_per_second(pixels: int, axis: int) -> None:
     picture = texture()
-    frames = [np.roll(picture, round(i / 8 * speed * 512), axis=axis) for i in range(9)]
-    measured = score(frames).values
-    assert measured["motion"] == pytest.approx(speed, rel=0.12)
+    timed = [(i / 8, np.roll(picture, i * pixels, axis=axis)) for i in looks(24, 8.0, 2.0)]
+    measured = Scorer(ScoreConfig()).score(timed, (288, 512)).values
+    assert measured["motion"] == pytest.approx(pixels * 8 / 512, rel=0.12)
     assert measured["static_ratio"] == 0
 
 
@@ -163,20 +163,36 @@ def whole(frames: list[np.ndarray] | np.ndarray) -> bool:
     return score(coded(list(frames))).crop == Box(top=0, left=0, height=height, width=width)
 
 
+def test_a_bar_on_a_dark_side_is_as_large_as_the_other_one() -> None:
+    """At night the sky is as black as the bar above it."""
+    frame = np.zeros((288, 512, 3), np.uint8)
+    for column in range(0, 512, 32):
+        frame[130 + column % 5 * 9 : 250, column : column + 32] = texture(120 - column % 5 * 9, 32)
+    crop = score([frame] * 4).crop
+    assert (crop.top, crop.top + crop.height) == (40, 248)
+
+
 def test_dark_scenes_are_not_cropped() -> None:
-    night = (texture() * 0.1).astype(np.uint8)
-    night[:100] = 3  # a sky above roofs
+    def scene(level: int = 3) -> np.ndarray:
+        return np.full((288, 512, 3), level, np.uint8)
+
+    roofs, window, spots, tower, towers, horizon, flash = (scene() for _ in range(7))
     for column in range(0, 512, 64):
-        night[80 + column % 5 * 9 : 110, column : column + 40] = 3
-        night[150 + column % 7 * 4 :, column + 8 : column + 16] = 200
-    window = np.full((288, 512, 3), 4, np.uint8)
+        roofs[80 + column % 5 * 9 :, column : column + 64] = 40
+        roofs[150 + column % 7 * 4 :, column + 8 : column + 16] = 200
     window[40:120, 60:190] = texture(80, 130)
-    spots = np.full((288, 512, 3), 2, np.uint8)
     for i in range(6):
         cv2.circle(spots, (60 + 75 * i, 100 + 17 * i), 20, (250, 240, 200), -1)
-    for name, picture in {"night": night, "window": window, "spots": spots, "black": night * 0}.items():
+    tower[40:, 75:437] = texture(248, 362)
+    towers[40:, :120] = towers[40:, -120:] = texture(248, 120)
+    horizon[150:] = texture(138, 512)
+    flash[60:] = texture(228, 512)
+    pictures = {"roofs": roofs, "window": window, "spots": spots, "tower": tower, "towers": towers, "horizon": horizon}
+    for name, picture in {**pictures, "black": scene()}.items():
         assert whole([picture] * 4), name
         assert whole([picture]), name
+    assert whole([flash, *[scene()] * 7])
+    assert not whole([flash] * 4)
 
 
 def test_the_digits_of_the_demo_are_not_cropped() -> None:

@@ -1,0 +1,44 @@
+"""Files that several processes write at once, while others tidy up."""
+
+import multiprocessing
+from pathlib import Path
+
+import pytest
+
+from sora_lite.data.shards import replace_file
+
+ROUNDS = 60
+
+
+def _write(path: Path, letter: int) -> None:
+    for _ in range(ROUNDS):
+        replace_file(path, bytes([letter]) * 100_000)
+
+
+def test_writers_of_one_file_and_a_tidier_do_not_hurt_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "part.tar"
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=_write, args=(path, letter)) for letter in b"ab"]
+    for writer in writers:
+        writer.start()
+    seen = tidied = 0
+    while any(writer.is_alive() for writer in writers):
+        for partial in tmp_path.glob("*.partial"):
+            partial.unlink(missing_ok=True)
+            tidied += 1
+        if path.exists():
+            content = path.read_bytes()
+            assert content in (b"a" * 100_000, b"b" * 100_000)
+            seen += 1
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    assert seen and tidied, "nothing happened at the same time"
+    assert [found.name for found in tmp_path.iterdir()] == ["part.tar"]
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        replace_file(tmp_path / "no" / "file", b"")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError):
+        replace_file(tmp_path / "folder", b"")
+    assert [found.name for found in tmp_path.iterdir()] == ["folder"]

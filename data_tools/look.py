@@ -18,7 +18,7 @@ from data_tools.score import Scorer, look_size, looks
 from data_tools.sources import open_source
 from data_tools.split import Clip, picks_of, stretch_task
 from data_tools.state import Unit
-from sora_lite.data.video import BadVideo, VideoFacts, read_frames
+from sora_lite.data.video import BadVideo, Limits, VideoFacts, read_frames
 
 SCORE_SCHEMA = pa.schema(
     [(name, pa.float64()) for name in SCORES] + [("crop", pa.list_(pa.int32())), ("phash", pa.list_(pa.uint64()))]
@@ -106,7 +106,8 @@ def frames_of(
     numbers = np.unique(np.concatenate(clips))
     times = {int(facts.pts[number]): int(number) for number in numbers}
     with open_source(task["location"]) as file:
-        reader = read_frames(file, size=size, start=int(facts.pts[numbers[0]]), only=times, draft=True, beat=beat)
+        start, limits = int(facts.pts[numbers[0]]), Limits(**task["limits"])
+        reader = read_frames(file, size=size, start=start, only=times, draft=True, limits=limits, beat=beat)
         held: dict[int, np.ndarray] = {}
         for clip in clips:
             held = {number: frame for number, frame in held.items() if number >= clip[0]}

@@ -25,7 +25,7 @@ from data_tools.split import Clip, picks_of, stretch_task, stretches
 from data_tools.state import Table, Unit, outcomes, rows_of
 from sora_lite.data.index import read_index
 from sora_lite.data.shards import Manifest, Sample, ShardWriter, replace_file
-from sora_lite.data.video import Box, cut_clips
+from sora_lite.data.video import Box, Limits, cut_clips
 
 PARTS = "parts"
 
@@ -72,6 +72,7 @@ def work(task: Task) -> WorkRows:
             fps=Fraction(task["fps"]),
             crf=task["crf"],
             preset=task["preset"],
+            limits=Limits(**task["limits"]),
             beat=beat,
         )
         for clip, media in zip(task["clips"], encoded, strict=True):

@@ -13,7 +13,7 @@ import numpy as np
 
 from data_tools import dedupe, filters
 from data_tools.config import SCORES, DataConfig
-from data_tools.probe import Probed, probe_key
+from data_tools.probe import Probed, limits_of, probe_key
 from data_tools.score import SCORER_VERSION
 from data_tools.sources import Source
 from data_tools.split import Clip, Media, clip_size, held_out, tile
@@ -34,6 +34,8 @@ class Fate:
     """One of KINDS."""
     reason: str = ""
     stage: str = ""
+    original: str = ""
+    """Of a near duplicate: key of the clip that stays."""
 
 
 PACKED = Fate(kind="packed")
@@ -110,12 +112,13 @@ def choose(sources: list[Source], probed: Rows, packed: Packed, config: DataConf
     """Sources that can be read, each once; clips come later. Files of equal bytes or equal frames count once."""
     plan = Plan(sources=sources)
     good: list[tuple[Source, Probed]] = []
+    limits = limits_of(config.probe)
     for source in sources:
         row = {"reason": source.reason} if source.reason else probed[probe_key(source)]
         if row["reason"]:
             plan.source_fates[source.name] = Fate(kind="quarantined", reason=row["reason"], stage="probe")
         else:
-            good.append((source, Probed(sha256=row["sha256"], row=row)))
+            good.append((source, Probed(sha256=row["sha256"], row=row, limits=limits)))
     # what is packed comes first, so that it stays the original of its copies
     good.sort(key=lambda pair: (pair[1].sha256[:16] not in packed.sources, pair[1].sha256, pair[0].name))
     first: dict[str, str] = {}
@@ -213,14 +216,15 @@ def _dedupe(plan: Plan, packed: Packed, config: DataConfig) -> dict[str, int]:
     def rank(key: str) -> tuple[Any, ...]:
         if key not in clips:
             return (0, key)  # packed already
-        height, width = clips[key].media.size
-        return (1, -height * width, -clips[key].seconds, key)
+        media = clips[key].media
+        return (1, not media.source.row.captions, -media.size[0] * media.size[1], -clips[key].seconds, key)
 
     best: dict[int, str] = {}
     for key in sorted(keys, key=rank):
         original = best.setdefault(clusters[key], key)
         if original[:16] != key[:16] and key in clips:
-            plan.clip_fates[key] = Fate(kind="duplicate", reason=f"looks like {original}", stage="dedupe")
+            reason = f"looks like {original}"
+            plan.clip_fates[key] = Fate(kind="duplicate", reason=reason, stage="dedupe", original=original)
     return clusters
 
 
@@ -284,7 +288,10 @@ def finish(plan: Plan) -> None:
             continue
         kind = max(KINDS, key=lambda kind: kinds[kind])
         example = next(fate for fate in fates if fate.kind == kind)
-        reason = f"all {len(fates)} clips are left out; {kinds[kind]} of them: {example.reason}"
+        reason = example.reason
+        if len(fates) > 1:
+            others = f", {len(fates) - kinds[kind]} otherwise" if kinds[kind] < len(fates) else ""
+            reason = f"{kinds[kind]} of its {len(fates)} clips are {kind}{others}; the first: {reason}"
         plan.source_fates[media.source.name] = Fate(kind=kind, reason=reason, stage=example.stage)
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from typing import Any, Self
 
@@ -49,6 +49,8 @@ class Probed:
 
     sha256: str
     row: dict[str, Any]
+    limits: dict[str, Any] = field(default_factory=lambda: asdict(Limits()))
+    """What the file may hold, in later stages too."""
 
     @property
     def facts(self) -> VideoFacts:
@@ -75,8 +77,8 @@ def facts_of(row: dict[str, Any]) -> VideoFacts:
     return VideoFacts(pts=pts, frames_hash=row["frames_hash"], **fractions, **{name: row[name] for name in _PLAIN})
 
 
-def probe_unit(source: Source, config: ProbeConfig) -> Unit:
-    """The work on one source."""
+def limits_of(config: ProbeConfig) -> dict[str, Any]:
+    """The limits that settings mean, as JSON's types."""
     limits = Limits(
         max_pixels=int(config.max_megapixels * 1e6),
         max_frames=config.max_frames,
@@ -84,8 +86,13 @@ def probe_unit(source: Source, config: ProbeConfig) -> Unit:
         max_streams=config.max_streams,
         max_bytes=int(config.max_gigabytes * 2**30),
     )
+    return asdict(limits)
+
+
+def probe_unit(source: Source, config: ProbeConfig) -> Unit:
+    """The work on one source."""
     key = probe_key(source)
-    return Unit(keys=[key], task={"key": key, "location": source.location, "limits": asdict(limits)})
+    return Unit(keys=[key], task={"key": key, "location": source.location, "limits": limits_of(config)})
 
 
 def probe_key(source: Source) -> str:

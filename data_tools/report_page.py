@@ -329,7 +329,7 @@ class Page:
         """Near duplicates, each after the clip that is kept in its place; those that look least alike come first."""
         found = []
         for key, fate in self.plan.clip_fates.items():
-            original = self.by_key.get(fate.reason.removeprefix("looks like "))
+            original = self.by_key.get(fate.original)
             if fate.kind == "duplicate" and original is not None:
                 clip = self.by_key[key]
                 bits, second, other = _alike(self.plan.scores[original.key]["phash"], self.plan.scores[key]["phash"])

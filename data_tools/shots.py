@@ -28,8 +28,8 @@ SPANS = (12, 20, 32, 44)
 """Frames from a picture before to a picture after a dissolve, one of these."""
 DISSOLVE = -0.03
 """Score from which a frame is taken for the middle of a dissolve."""
-BLANK = 20
-""""""
+BLANK = 32
+"""Levels from black or white within which a plain picture stays."""
 NOISE = 30
 """Variance (levels squared) below which structure counts for little."""
 CHUNK, MARGIN = 256, 32
@@ -222,16 +222,18 @@ def _dissolves(hits: list[Hit]) -> list[Transition]:
 
 
 def _blankness(luma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How far the middle of each picture, free of bars, is from plain black, and from plain white: (T,) each."""
-    centre = luma[:, 3:15, 4:28]
+    """How far each picture is from plain black, and from plain white: (T,) each, 0 for a blank one."""
+    centre = luma[:, 3:15, 4:28]  # free of bars
     contrast, mean = centre.std((1, 2)), centre.mean((1, 2))
-    return contrast + mean, contrast + 255 - mean
+    black = np.where(luma.max((1, 2)) < BLANK, 0, contrast + mean)
+    white = np.where(centre.min((1, 2)) > 255 - BLANK, 0, contrast + 255 - mean)
+    return black, white
 
 
 def _fades(level: np.ndarray, jumps: np.ndarray) -> list[Transition]:
     """Blank stretches, with the ramps that lead into them and out of them."""
     found = []
-    blank = np.flatnonzero(level < BLANK)
+    blank = np.flatnonzero(level == 0)
     for run in np.split(blank, np.flatnonzero(np.diff(blank) > 1) + 1):
         if len(run) == 0:
             continue

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +19,7 @@ from data_tools.probe import Probed, facts_of
 from data_tools.shots import Transition, find_transitions, shots_of
 from data_tools.sources import Source, open_source
 from data_tools.state import Unit
-from sora_lite.data.video import STILLS, BadVideo, VideoFacts, rational, read_frames
+from sora_lite.data.video import STILLS, BadVideo, Limits, VideoFacts, rational, read_frames
 
 SCHEMA = pa.schema(
     [("kinds", pa.list_(pa.string())), ("firsts", pa.list_(pa.int64())), ("lasts", pa.list_(pa.int64()))]
@@ -89,6 +89,7 @@ def shots_unit(source: Source, probed: Probed, config: SplitConfig) -> Unit:
     task = {
         "key": probed.sha256,
         "location": source.location,
+        "limits": probed.limits,
         "frames": frames,
         "still": probed.row["container"] in STILLS,
     }
@@ -98,27 +99,25 @@ def shots_unit(source: Source, probed: Probed, config: SplitConfig) -> Unit:
 def work(task: Task) -> Rows:
     """Find the transitions of one source."""
     found: list[Transition] = []
-    if task["detector"] != Detector.none.name and not task["still"]:
-        with open_source(task["location"]) as file:
-            if task["detector"] == Detector.transnet.name:
-                from data_tools import transnet  # brings torch, which nothing else here needs
+    if task["detector"] == Detector.luma.name:
+        found = find_transitions(_every_frame(task, (36, 64)))
+    elif task["detector"] == Detector.transnet.name:
+        from data_tools import transnet  # brings torch, which nothing else here needs
 
-                model = transnet.load(Path(task["weights"]))
-                found = transnet.find_transitions(_watched(file, (27, 48), task["frames"]), model)
-            else:
-                found = find_transitions(_watched(file, (36, 64), task["frames"]))
+        found = transnet.find_transitions(_every_frame(task, (27, 48)), transnet.load(Path(task["weights"])))
     columns = {"kinds": [t.kind for t in found], "firsts": [t.first for t in found], "lasts": [t.last for t in found]}
     return [{"key": task["key"], **columns}]
 
 
-def _watched(file: BinaryIO, size: tuple[int, int], promised: int) -> Iterator[np.ndarray]:
-    """Small pictures of every frame; what probing counted must come."""
+def _every_frame(task: Task, size: tuple[int, int]) -> Iterator[np.ndarray]:
+    """Small pictures of all frames; what probing counted must come."""
     count = 0
-    for _, frame in read_frames(file, size=size, draft=True, beat=beat):
-        yield frame
-        count += 1
-    if count != promised:
-        raise BadVideo(f"changed since it was probed: {count} frames, not {promised}")
+    with open_source(task["location"]) as file:
+        for _, frame in read_frames(file, size=size, draft=True, limits=Limits(**task["limits"]), beat=beat):
+            yield frame
+            count += 1
+    if count != task["frames"]:
+        raise BadVideo(f"changed since it was probed: {count} frames, not {task['frames']}")
 
 
 def tile(source: Source, probed: Probed, row: dict[str, Any] | None, config: SplitConfig) -> Media:
@@ -207,6 +206,7 @@ def stretch_task(clips: list[Clip]) -> Task:
     return {
         "name": media.source.name,
         "location": media.source.location,
+        "limits": media.probed.limits,
         "facts": media.probed.row,
         "fps": str(media.fps),
         "size": media.size,

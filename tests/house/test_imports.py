@@ -126,11 +126,13 @@ def imported_distributions(*folders: str) -> dict[str, str]:
 def test_dependencies_are_what_is_imported() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = distribution_names(project["dependencies"])
-    demo = distribution_names(project["optional-dependencies"]["demo"])
+    extras = {name: distribution_names(rows) for name, rows in project["optional-dependencies"].items()}
+    for_users = set.union(*(extras[name] for name in extras.keys() - {"dev"}))
     imported = imported_distributions(*PACKAGES)
-    missing = {name: place for name, place in imported.items() if name not in declared | demo}
+    missing = {name: place for name, place in imported.items() if name not in declared | for_users}
     assert not missing, f"imported but not in pyproject.toml: {missing}"
-    unused = (declared | demo) - set(imported)
+    installed = {name.lower().replace("_", "-") for names in packages_distributions().values() for name in names}
+    unused = ((declared | for_users) & installed) - set(imported)
     assert not unused, f"in pyproject.toml but imported nowhere: {sorted(unused)}"
 
 

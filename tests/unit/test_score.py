@@ -201,8 +201,9 @@ def test_the_digits_of_the_demo_are_not_cropped() -> None:
     for digit in range(10):
         scan = int(np.flatnonzero(labels == digit)[0])
         for direction in digits.DIRECTIONS:
-            frames = digits.draw(scans[scan], direction)
-            assert whole(frames[looks(len(frames), 8.0, 2.0)]), (digit, direction)
+            frames = digits.draw(scans[scan], direction)[looks(digits.FRAMES, 8.0, 2.0)]
+            assert whole(frames), (digit, direction)
+            assert whole([cv2.resize(frame, (96, 96), interpolation=cv2.INTER_LINEAR) for frame in frames])
 
 
 # -------------------------------------------------------------------------------------------------------- hashes

@@ -35,9 +35,9 @@ def footage(frames: int = FRAMES) -> Iterator[np.ndarray]:
     for octave in range(2, 9):
         waves = rng.normal(size=(2**octave, 2 ** (octave + 1), 3)).astype(np.float32)
         layers = [Image.fromarray(waves[:, :, c]).resize((2 * WIDTH, 2 * HEIGHT), Image.Resampling.BICUBIC) for c in range(3)]
-        texture += np.stack([np.asarray(layer) for layer in layers], axis=2) / 1.8**octave
+        texture += np.stack([np.asarray(layer) for layer in layers], axis=2) / 1.6**octave
     texture = (texture - texture.min()) * (255 / np.ptp(texture))
-    grain = rng.normal(0, 1.5, (8, HEIGHT, WIDTH, 1)).astype(np.float32)
+    grain = rng.normal(0, 4.0, (8, HEIGHT, WIDTH, 1)).astype(np.float32)
     for t in range(frames):
         y, x = int(HEIGHT / 2 * (1 + np.sin(t / 97))), int(WIDTH / 2 * (1 + np.sin(t / 131)))
         frame = texture[y : y + HEIGHT, x : x + WIDTH].copy()

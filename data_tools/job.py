@@ -47,7 +47,7 @@ class Job:
 
     def __init__(self, folder: Path, config: DataConfig) -> None:
         self.folder, self.config = folder, config
-        self.work = Path(config.work) if config.work else folder / ".work"
+        self.work = (Path(config.work) if config.work else folder / ".work").absolute()
 
     @classmethod
     def resume(cls, folder: Path, overrides: list[str]) -> Self:
@@ -69,6 +69,8 @@ class Job:
     def alone(self) -> Iterator[None]:
         """Keep a second call out of both folders, and leave the settings for the next one."""
         with locked(self.folder), locked(self.work):
+            for leftover in self.work.rglob("*.partial"):
+                leftover.unlink(missing_ok=True)
             replace_file(self.work / "settings.json", json.dumps(plain(self.config), indent=1).encode() + b"\n")
             yield
 

@@ -21,6 +21,7 @@ def main() -> None:
         sys.exit("the process that wanted this is gone")
     _, most = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     os.execvp(sys.argv[2], sys.argv[2:])
 
 

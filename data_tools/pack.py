@@ -80,7 +80,7 @@ def work(task: Task) -> WorkRows:
             member.size = len(media)
             tar.addfile(member, io.BytesIO(media))
     replace_file(Path(task["out"]), part.getvalue())
-    return [{"key": clip["key"]} for clip in task["clips"]]
+    return []  # the part says it all
 
 
 class Parts:

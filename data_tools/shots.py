@@ -28,10 +28,12 @@ SPANS = (12, 20, 32, 44)
 """Frames from a picture before to a picture after a dissolve, one of these."""
 DISSOLVE = -0.03
 """Score from which a frame is taken for the middle of a dissolve."""
-BLANK = 32
+BLANK = 24
 """Levels from black or white within which a plain picture stays."""
 NOISE = 30
 """Variance (levels squared) below which structure counts for little."""
+RAMP = 60
+"""Frames that a fade may take, each way."""
 CHUNK, MARGIN = 256, 32
 """Frames that are worked on at once, and frames around them that are looked at too."""
 
@@ -83,11 +85,11 @@ def find_transitions(frames: Iterable[np.ndarray]) -> list[Transition]:
         is_cut = jumps - _near(jumps) > CUT
         cuts += [offset + t for t in np.flatnonzero(is_cut).tolist() if t in own]
         mixed += [hit.later(offset) for hit in _mixed(luma, is_cut) if hit.middle in own]
-        kept.append(np.stack([jumps, *_blankness(luma)])[:, own.start : own.stop])
+        kept.append(np.stack([jumps, *_blankness(luma, 0), *_blankness(luma, 255)])[:, own.start : own.stop])
     if not kept:
         return []
-    jumps, black, white = np.concatenate(kept, axis=1)
-    found = _apart(_fades(black, jumps) + _fades(white, jumps), [])
+    jumps, *black_and_white = np.concatenate(kept, axis=1)
+    found = _apart(_fades(*black_and_white[:2], jumps) + _fades(*black_and_white[2:], jumps), [])
     found = _apart(_dissolves(mixed), found)
     found = _apart([Transition("cut", t, t) for t in cuts], found)
     return sorted(found, key=lambda one: one.first)
@@ -116,16 +118,23 @@ def _chunks(frames: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, int, ran
 
 
 def _look(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(T, 36, 64, 3) -> luma (T, 18, 32) in [0, 255], and tint (T, 3, 4, 2): colour that brightness does not change."""
-    small = rgb.reshape(len(rgb), 18, 2, 32, 2, 3).mean((2, 4), dtype=np.float32)
-    luma = small @ np.array([0.299, 0.587, 0.114], np.float32)
-    red, green, blue = (_patch_means(small[..., i]) for i in range(3))
-    tint = np.stack([red - green, blue - green], axis=-1) / (_patch_means(luma)[..., None] + 32)
-    return luma, tint
+    """(T, H, W, 3) -> luma (T, 18, 32) in [0, 255], and tint (T, 3, 4, 2): colour that brightness does not change."""
+    rows, columns = _averages(rgb.shape[1], 18), _averages(rgb.shape[2], 32)
+    planes = [rows @ (rgb[..., i].astype(np.float32) @ columns.T) for i in range(3)]
+    luma = 0.299 * planes[0] + 0.587 * planes[1] + 0.114 * planes[2]
+    red, green, blue = (_patch_means(plane) for plane in planes)
+    return luma, np.stack([red - green, blue - green], axis=-1) / (_patch_means(luma)[..., None] + 32)
 
 
-_ROWS = np.kron(np.eye(3, dtype=np.float32), np.full((1, 6), 1 / 6, np.float32))
-_COLUMNS = np.kron(np.eye(4, dtype=np.float32), np.full((8, 1), 1 / 8, np.float32))
+def _averages(size: int, parts: int) -> np.ndarray:
+    """Matrix (parts, size) that averages `size` pixels over equal stretches."""
+    ends = np.arange(1, parts + 1)[:, None] * size / parts
+    pixels = np.arange(size)
+    inside = np.minimum(ends, pixels + 1) - np.maximum(ends - size / parts, pixels)
+    return (np.maximum(inside, 0) * parts / size).astype(np.float32)
+
+
+_ROWS, _COLUMNS = _averages(18, 3), _averages(32, 4).T.copy()
 
 
 def _patch_means(picture: np.ndarray) -> np.ndarray:
@@ -221,36 +230,31 @@ def _dissolves(hits: list[Hit]) -> list[Transition]:
 # -------------------------------------------------------------------------------------------------------------- fades
 
 
-def _blankness(luma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How far each picture is from plain black, and from plain white: (T,) each, 0 for a blank one."""
-    centre = luma[:, 3:15, 4:28]  # free of bars
-    contrast, mean = centre.std((1, 2)), centre.mean((1, 2))
-    black = np.where(luma.max((1, 2)) < BLANK, 0, contrast + mean)
-    white = np.where(centre.min((1, 2)) > 255 - BLANK, 0, contrast + 255 - mean)
-    return black, white
+def _blankness(luma: np.ndarray, colour: int) -> tuple[np.ndarray, np.ndarray]:
+    """(distance of each picture from plain black (0) or white (255) in levels, 1 where it is plain): (T,) each."""
+    distance = np.abs(luma[:, 3:15, 4:28] - colour)  # what bars leave of the picture
+    widest = (luma if colour == 0 else distance).max((1, 2))
+    return distance.mean((1, 2)) + distance.std((1, 2)), (widest < BLANK).astype(np.float32)
 
 
-def _fades(level: np.ndarray, jumps: np.ndarray) -> list[Transition]:
-    """Blank stretches, with the ramps that lead into them and out of them."""
+def _fades(distance: np.ndarray, plain: np.ndarray, jumps: np.ndarray) -> list[Transition]:
+    """Plain stretches, with the ramps that lead into them and out of them."""
     found = []
-    blank = np.flatnonzero(level == 0)
-    for run in np.split(blank, np.flatnonzero(np.diff(blank) > 1) + 1):
-        if len(run) == 0:
-            continue
-        first = int(run[0] - _ramp(level[run[0] :: -1]))
-        last = int(run[-1] + _ramp(level[run[-1] :])) + 1
+    edges = np.flatnonzero(np.diff(plain, prepend=0, append=0))
+    for start, end in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
+        first, last = start - _ramp(distance[start::-1]), end + _ramp(distance[end - 1 :])
         if last - first > FLASH or jumps[first] > 2 * CUT:
             found.append(Transition("fade", first, last))
     return found
 
 
-def _ramp(level: np.ndarray) -> int:
-    """Frames after the first until the level no longer rises."""
+def _ramp(distance: np.ndarray) -> int:
+    """Frames after the first until the distance no longer rises as before."""
     n = 0
-    while n + 2 < len(level) and n < 60:
-        slope = (level[n] - level[0]) / n if n else 0
-        rise = (level[n + 2] - level[n]) / 2
-        if rise < max(1, 0.3 * slope) or level[n + 1] - level[n] > max(60, 4 * slope):
+    while n + 3 < len(distance) and n < RAMP:
+        slope = (distance[n + 1] - distance[0]) / (n + 1)
+        rise = max(distance[n + 2] - distance[n + 1], (distance[n + 3] - distance[n + 1]) / 2)
+        if slope < 1 or rise < 0.25 * slope:
             break
         n += 1
     return n

@@ -174,6 +174,8 @@ def frames_at_rate(facts: VideoFacts, fps: Fraction, shot: Shot) -> np.ndarray:
     them (to milliseconds, often).
     """
     first, last = shot
+    if facts.frames == 1:  # nothing says how long it is shown
+        return np.zeros(1, dtype=np.int64)
     if not facts.variable_rate:
         # exact arithmetic: floor(i * rate / fps), for all i below frames * fps / rate
         step = facts.average_rate / fps

@@ -95,3 +95,71 @@ def mutated(kind: str, seed: int) -> bytes:
             other = good(str(rng.choice(sorted(GOOD))))
             data[place() :] = other[int(rng.integers(0, len(other))) :]
     return bytes(data)
+
+
+# --------------------------------------------------------------------------------------------- mp4 made by hand
+
+
+def box(kind: bytes, *content: bytes) -> bytes:
+    """An mp4 box."""
+    inside = b"".join(content)
+    return struct.pack(">I", 8 + len(inside)) + kind + inside
+
+
+def numbers(*values: int, form: str = "I") -> bytes:
+    """Big-endian numbers, 32 bits each unless told otherwise."""
+    return struct.pack(f">{len(values)}{form}", *values)
+
+
+def movie(
+    *,
+    samples: int = FRAMES,
+    sample_bytes: int | None = None,
+    size: tuple[int, int] = (HEIGHT, WIDTH),
+    seconds: int = 2,
+    steps: list[tuple[int, int]] | None = None,
+    edits: int = 0,
+    tracks: int = 1,
+    reference: bytes = b"",
+    extra: bytes = b"",
+) -> bytes:
+    """A Motion JPEG movie with the sample tables that one asks for, and a single picture of data.
+
+    samples: how many it claims, each of sample_bytes (None: of the real picture's). steps: (count, ticks) of its table
+    of times. edits: entries of its edit list, each of which shows all of it. reference: data reference in the place of
+    "in this file". extra: boxes at the end of the header.
+    """
+    picture, height, width = good("jpg"), *size
+    ticks = seconds * 1000
+    steps = steps or [(samples, max(1, ticks // samples))]
+    identity = numbers(0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000)
+    entry = box(b"jpeg", bytes(6), numbers(1, form="H"), bytes(16), numbers(height, width, form="H"),
+                numbers(0x480000, 0x480000, 0), numbers(1, form="H"), bytes(32), numbers(24, 0xFFFF, form="H"))  # fmt: skip
+    ftyp = box(b"ftyp", b"qt  ", bytes(4), b"qt  ")
+    mdat = box(b"mdat", picture)
+    table = box(
+        b"stbl",
+        box(b"stsd", numbers(0, 1), entry),
+        box(b"stts", numbers(0, len(steps)), *(numbers(*step) for step in steps)),
+        box(b"stsc", numbers(0, 1, 1, samples, 1)),
+        box(b"stsz", numbers(0, len(picture) if sample_bytes is None else sample_bytes, samples)),
+        box(b"stco", numbers(0, 1, len(ftyp) + 8)),
+    )
+    track = box(
+        b"trak",
+        box(b"tkhd", numbers(7, 0, 0, 1, 0, ticks), bytes(16), identity, numbers(width << 16, height << 16)),
+        box(b"edts", box(b"elst", numbers(0, edits), numbers(ticks, 0, 0x10000) * edits)) if edits else b"",
+        box(
+            b"mdia",
+            box(b"mdhd", numbers(0, 0, 0, 1000, ticks, 0)),
+            box(b"hdlr", numbers(0), b"mhlrvide", bytes(13)),
+            box(
+                b"minf",
+                box(b"vmhd", numbers(1), bytes(8)),
+                box(b"dinf", box(b"dref", numbers(0, 1), reference or box(b"url ", numbers(1)))),
+                table,
+            ),
+        ),
+    )
+    header = box(b"mvhd", numbers(0, 0, 0, 1000, ticks, 0x10000), bytes(12), identity, bytes(24), numbers(tracks + 1))
+    return ftyp + mdat + box(b"moov", header, track * tracks, extra)

@@ -24,7 +24,7 @@ from sora_lite.data import video
 from sora_lite.data.video import cut_clips, probe
 
 HEIGHT, WIDTH, FPS, FRAMES, GROUP = 720, 1280, 24, 576, 250
-CLIP, CRF, ROUNDS = 72, 18, 3
+CLIP, CRF, ROUNDS = 96, 18, 3
 CASES = [((256, 456), "medium"), ((256, 456), "veryfast"), ((480, 852), "medium")]
 
 
@@ -37,7 +37,7 @@ def footage(frames: int = FRAMES) -> Iterator[np.ndarray]:
         layers = [Image.fromarray(waves[:, :, c]).resize((2 * WIDTH, 2 * HEIGHT), Image.Resampling.BICUBIC) for c in range(3)]
         texture += np.stack([np.asarray(layer) for layer in layers], axis=2) / 1.6**octave
     texture = (texture - texture.min()) * (255 / np.ptp(texture))
-    grain = rng.normal(0, 4.0, (8, HEIGHT, WIDTH, 1)).astype(np.float32)
+    grain = rng.normal(0, 3.0, (8, HEIGHT, WIDTH, 1)).astype(np.float32)
     for t in range(frames):
         y, x = int(HEIGHT / 2 * (1 + np.sin(t / 97))), int(WIDTH / 2 * (1 + np.sin(t / 131)))
         frame = texture[y : y + HEIGHT, x : x + WIDTH].copy()

@@ -110,7 +110,7 @@ class Job:
         alive = [
             clip for clip in plan.clips if (fate := plan.clip_fates.get(clip.key)) is None or fate.kind == "packed"
         ]
-        units = [look.score_unit(stretch, self.config.score) for stretch in split.stretches(alive)]
+        units = list(look.score_units(split.stretches(alive), self.config.score))
         scores = self._rows("score", units, wanted)
         if upto == "score":
             return plan

@@ -27,9 +27,11 @@ SCORE_SCHEMA = pa.schema(
 CAPTION_SCHEMA = pa.schema([("captions", pa.list_(pa.string()))])
 
 
-def score_unit(clips: list[Clip], config: ScoreConfig) -> Unit:
-    """The work of scoring clips of one source."""
-    return Unit(keys=[clip.key for clip in clips], task={**stretch_task(clips), "config": plain(config)})
+def score_units(stretches: Iterable[list[Clip]], config: ScoreConfig) -> Iterator[Unit]:
+    """The work of scoring clips."""
+    settings = plain(config)
+    for clips in stretches:
+        yield Unit(keys=[clip.key for clip in clips], task={**stretch_task(clips), "config": settings})
 
 
 def score_work(task: Task) -> Rows:

@@ -158,7 +158,7 @@ def pack(
                 if clip.key in failed:
                     continue
                 ext, media = parts.read(clip.key)
-                content = meta(clip, plan.scores[clip.key], captions.get(clip.key, []), config)
+                content = meta(clip, plan.scores[clip.key], captions.get(clip.key, []), config, manifest.config_hash)
                 shards.add(Sample(key=clip.key, ext=ext, media=media, meta=content), plan.splits[clip.media.sha256])
             shards.commit_all()
         finally:

@@ -311,8 +311,8 @@ def crop_box(row: Row, media: Media, config: DataConfig) -> Box | None:
     return None if (box.height, box.width) == whole else box
 
 
-def meta(clip: Clip, scores: Row, captions: list[str], config: DataConfig) -> Row:
-    """Content of KEY.json. What is not known is left out."""
+def meta(clip: Clip, scores: Row, captions: list[str], config: DataConfig, config_hash: str) -> Row:
+    """Content of KEY.json. What is not known is left out. config_hash: that of the settings, which takes a while."""
     media = clip.media
     row, facts = media.source.row, media.probed.row
     source = {
@@ -346,6 +346,6 @@ def meta(clip: Clip, scores: Row, captions: list[str], config: DataConfig) -> Ro
         "sar": facts["sar"],
         "rotation": facts["rotation"],
         "scores": {**measured, "version": SCORER_VERSION},
-        "config_hash": config.hash(),
+        "config_hash": config_hash,
         **{name: value for name, value in optional.items() if value is not None and value not in ([], {})},
     }

@@ -90,7 +90,7 @@ class _Worker:
         theirs.close()
         self.tasks: deque[tuple[str, Task]] = deque()
         self.alive_at = time.monotonic()
-        self.stalled = False
+        self.stalled = self.ready = False
 
     def give(self, unit: str, task: Task) -> None:
         if not self.tasks:
@@ -155,7 +155,7 @@ class _Pool:
         except (EOFError, ConnectionResetError):
             yield from self._bury(worker)
             return
-        worker.alive_at = time.monotonic()
+        worker.alive_at, worker.ready = time.monotonic(), True
         if message is not None:
             unit, _ = worker.tasks.popleft()
             yield _outcome(unit, message)
@@ -172,6 +172,8 @@ class _Pool:
         code = worker.process.exitcode
         left = worker.tasks
         self._drop(worker)
+        if not worker.ready and not worker.stalled and code != -signal.SIGKILL:
+            raise RuntimeError(f"a worker process ended as it started ({_name(code)}); its message stands above")
         if not left:
             return
         unit, task = left.popleft()
@@ -228,6 +230,7 @@ def _serve(connection: Connection, function: Function, memory_mb: int) -> None:
     threading.Thread(target=_listen, args=(connection, tasks), daemon=True).start()
     _limit_memory(memory_mb)
     _connection = connection
+    connection.send(None)
     while True:
         task = tasks.get()
         try:

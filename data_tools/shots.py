@@ -30,7 +30,7 @@ DISSOLVE = -0.03
 """Score from which a frame is taken for the middle of a dissolve."""
 BLANK = 24
 """Levels from black or white within which a plain picture stays."""
-NOISE = 30
+NOISE = 20
 """Variance (levels squared) below which structure counts for little."""
 RAMP = 60
 """Frames that a fade may take, each way."""
@@ -80,8 +80,8 @@ def find_transitions(frames: Iterable[np.ndarray]) -> list[Transition]:
     mixed: list[Hit] = []
     kept: list[np.ndarray] = []
     for rgb, offset, own in _chunks(frames):
-        luma, tint = _look(rgb)
-        jumps = _jumps(luma, tint)
+        luma, hues = _look(rgb)
+        jumps = _jumps(luma, hues)
         is_cut = jumps - _near(jumps) > CUT
         cuts += [offset + t for t in np.flatnonzero(is_cut).tolist() if t in own]
         mixed += [hit.later(offset) for hit in _mixed(luma, is_cut) if hit.middle in own]
@@ -118,12 +118,25 @@ def _chunks(frames: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, int, ran
 
 
 def _look(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(T, H, W, 3) -> luma (T, 18, 32) in [0, 255], and tint (T, 3, 4, 2): colour that brightness does not change."""
-    rows, columns = _averages(rgb.shape[1], 18), _averages(rgb.shape[2], 32)
-    planes = [rows @ (rgb[..., i].astype(np.float32) @ columns.T) for i in range(3)]
-    luma = 0.299 * planes[0] + 0.587 * planes[1] + 0.114 * planes[2]
-    red, green, blue = (_patch_means(plane) for plane in planes)
-    return luma, np.stack([red - green, blue - green], axis=-1) / (_patch_means(luma)[..., None] + 32)
+    """(T, H, W, 3) -> luma (T, 18, 32) in [0, 255], and hues (T, 3, 4, 3), which light does not change much.
+
+    Black bars, which are not part of the picture and always the same, are left out.
+    """
+    lit = rgb.max((0, 3)) >= BLANK  # H W
+    (top, bottom), (left, right) = _ends(lit.any(1)), _ends(lit.any(0))
+    rgb = rgb[:, top:bottom, left:right]
+    rows, columns = _averages(bottom - top, 18), _averages(right - left, 32).T
+    red, green, blue = (rows @ (rgb[..., i].astype(np.float32) @ columns) for i in range(3))
+    luma = 0.299 * red + 0.587 * green + 0.114 * blue
+    red, green, blue, grey = (_patch_means(plane) for plane in (red, green, blue, luma))
+    shade = (grey + 16) / (grey.mean((1, 2), keepdims=True) + 16) / 4
+    return luma, np.stack([(red - green) / (grey + 32), (blue - green) / (grey + 32), shade], axis=-1)
+
+
+def _ends(lit: np.ndarray) -> tuple[int, int]:
+    """First and last + 1 of what is true; all of it where little is."""
+    at = np.flatnonzero(lit)
+    return (int(at[0]), int(at[-1]) + 1) if len(at) > len(lit) / 2 else (0, len(lit))
 
 
 def _averages(size: int, parts: int) -> np.ndarray:
@@ -164,12 +177,12 @@ def _unlike(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return 1 - likeness.mean((1, 2))
 
 
-def _jumps(luma: np.ndarray, tint: np.ndarray) -> np.ndarray:
+def _jumps(luma: np.ndarray, hues: np.ndarray) -> np.ndarray:
     """Change from frame t - 1 to t that lasts: the least between any two frames around it, FLASH + 1 apart at most. (T,)"""
     jumps = np.full(len(luma), np.inf, np.float32)
     jumps[:1] = 0
     for apart in range(1, min(FLASH + 2, len(luma))):
-        change = _unlike(luma[:-apart], luma[apart:]) + 4 * np.abs(tint[:-apart] - tint[apart:]).mean((1, 2, 3))
+        change = _unlike(luma[:-apart], luma[apart:]) + 6 * np.abs(hues[:-apart] - hues[apart:]).mean((1, 2, 3))
         for t in range(1, apart + 1):
             own = jumps[t : t + len(change)]
             np.minimum(own, change, out=own)
@@ -232,9 +245,9 @@ def _dissolves(hits: list[Hit]) -> list[Transition]:
 
 def _blankness(luma: np.ndarray, colour: int) -> tuple[np.ndarray, np.ndarray]:
     """(distance of each picture from plain black (0) or white (255) in levels, 1 where it is plain): (T,) each."""
-    distance = np.abs(luma[:, 3:15, 4:28] - colour)  # what bars leave of the picture
-    widest = (luma if colour == 0 else distance).max((1, 2))
-    return distance.mean((1, 2)) + distance.std((1, 2)), (widest < BLANK).astype(np.float32)
+    distance = np.abs(luma - colour)
+    most = np.partition(distance.reshape(len(luma), -1), -12)[:, -12]  # a logo may stay
+    return distance.mean((1, 2)) + distance.std((1, 2)), (most < BLANK).astype(np.float32)
 
 
 def _fades(distance: np.ndarray, plain: np.ndarray, jumps: np.ndarray) -> list[Transition]:

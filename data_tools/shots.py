@@ -211,12 +211,12 @@ def _mixed(luma: np.ndarray, is_cut: np.ndarray) -> list[Hit]:
         left = np.partition(left.reshape(len(left), -1), 8)[:, 8]
         at = np.flatnonzero((off < 0.3) & (left < 1.2) & (cuts[span:] == cuts[:-span]))
         if len(at):
-            score = _unlike(before[at], after[at]) - 2.6 * off[at] - 0.4 * left[at]
+            score = _unlike(before[at], after[at]) - 2.5 * off[at] - 0.4 * left[at]
             for t, value in zip(at.tolist(), score.tolist(), strict=True):
-                if value > DISSOLVE:
+                if value > 0:
                     step, first, last = _course(luma[t : t + span + 1])
-                    if value - 0.7 * step > DISSOLVE:
-                        hits.append(Hit(t + half, t + first, t + last, value - 0.7 * step))
+                    if value - 0.6 * step > 0:
+                        hits.append(Hit(t + half, t + first, t + last, value - 0.6 * step))
     return hits
 
 

@@ -60,6 +60,14 @@ class WandbMode(Enum):
     disabled = "disabled"
 
 
+class Decoder(Enum):
+    """Library that decodes clips for training. `decord` (a package of its own) is used for mp4 clips that `sora-data`
+    wrote, after a comparison with PyAV on the first of them; it is not faster, see `python -m benchmarks decoding`."""
+
+    pyav = "pyav"
+    decord = "decord"
+
+
 class Format(Enum):
     """How a verb prints its table: for people or for machines."""
 
@@ -130,6 +138,8 @@ class DataConfig:
     """Mirror half of the clips left to right. Off where direction or writing carries meaning."""
     workers: int = 2
     """Decoding processes per rank; 0 decodes in the training process."""
+    decoder: Decoder = Decoder.pyav
+    """Library that decodes the clips."""
     cache_mb: int = 0
     """Memory per worker for decoded clips, in MiB. Worth it where the data set is small and seen many times."""
     max_bad_fraction: float = 0.01

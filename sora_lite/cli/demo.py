@@ -62,7 +62,17 @@ def stages(config: DemoConfig) -> list[tuple[str, list[str], Path | None]]:
         ),
         (
             "pack shards",
-            [*tools, "run", str(data / "videos"), str(data / "shards"), "validation_fraction=0.22", "pack.crf=10", "dedupe.near=false"],
+            [
+                *tools,
+                "run",
+                str(data / "videos"),
+                str(data / "shards"),
+                "validation_fraction=0.22",
+                "pack.crf=10",
+                # every file is one shot, and scans of one digit are meant to look alike
+                "split.detector=none",
+                "dedupe.near=false",
+            ],
             None,
         ),
         ("train the VAE", [*launch, "train-vae", f"experiment={name}_vae", f"run.root={root}", shards], exported_vae),

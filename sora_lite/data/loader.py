@@ -76,9 +76,10 @@ class Clip:
 class ClipReader:
     """Reads samples of an index at a bucket's size, with a bounded memory of decoded clips."""
 
-    def __init__(self, index: Index, *, fps: float | None, cache_bytes: int) -> None:
+    def __init__(self, index: Index, *, fps: float | None, cache_bytes: int, decoder: str = "pyav") -> None:
         self.index = index
         self.fps = fps
+        self._decoder = decoder
         self._cache_bytes = cache_bytes
         self._cached = 0
         self._cache: OrderedDict[tuple[int, tuple[int, int, int], int], Clip] = OrderedDict()
@@ -103,7 +104,8 @@ class ClipReader:
         media = self._shard(sample).read(
             int(index.media_offset[sample]), int(index.media_size[sample]), int(index.crc32c[sample])
         )
-        frames = resize_crop(decode_clip(media, frames=shape[0], fps=self.fps, start_frame_offset=start), shape[1:])
+        decoded = decode_clip(media, frames=shape[0], fps=self.fps, start_frame_offset=start, decoder=self._decoder)
+        frames = resize_crop(decoded, shape[1:])
         clip = Clip(frames=frames, captions=list(meta.get("captions") or []), label=int(meta.get("label", -1)))
         if frames.nbytes <= self._cache_bytes:
             self._cache[key] = clip
@@ -199,6 +201,7 @@ class ClipLoader:
         rank, world_size, accumulation: how each batch is divided.
         workers: decoding processes. cache_bytes: memory of decoded clips in each.
         pin: pinned memory, for a device that copies from it.
+        decoder: as for `video.decode_clip`.
 
     Raises:
         UserError: a batch cannot be divided so, or the rows do not fit the data.
@@ -219,6 +222,7 @@ class ClipLoader:
         workers: int,
         cache_bytes: int,
         pin: bool,
+        decoder: str = "pyav",
     ) -> None:
         buckets = assign(
             rows,
@@ -235,7 +239,7 @@ class ClipLoader:
         self.order = Order(buckets, index.shard, seed=seed, block_shards=block_shards)
         self.accumulation = accumulation
         self._workers, self._pin = workers, pin
-        reader = ClipReader(index, fps=fps, cache_bytes=cache_bytes)
+        reader = ClipReader(index, fps=fps, cache_bytes=cache_bytes, decoder=decoder)
         self._dataset = _MicroBatches(reader, self.order, seed, flip, (rank, world_size, accumulation))
 
     def steps(self, start: int, stop: int) -> Iterator[list[ClipBatch]]:

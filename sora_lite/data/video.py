@@ -10,6 +10,7 @@ file claims to hold is checked against `Limits` before anything is decoded, and 
 """
 
 import io
+import sys
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from av.video.frame import PictureType, VideoFrame
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from sora_lite.errors import UserError
 
 GOP = 48
 """Most frames from one keyframe to the next in what is written here; groups are closed."""
@@ -55,6 +58,8 @@ _BT709 = 1  # the code of primaries, transfer and matrix alike (ITU-T H.273)
 _HDR_TRANSFERS, _BT2020 = (16, 18), 9  # codes of PQ and HLG, and of the wide primaries (ITU-T H.273)
 _BACK_OFF = (0, 1, 10, 100)
 """Seconds before the wanted time that a seek aims at, one after the other until it lands early enough."""
+_DECORD_OFF = 4.0
+"""Most that a frame of decord may differ from PyAV's, in mean levels of 255: it repeats chroma, PyAV interpolates."""
 _LEAP = 32
 """From so many unwanted frames on, it may be quicker to seek than to decode them."""
 _BUFFER = 256 * 1024
@@ -275,8 +280,11 @@ def decode_clip(
         if frames != 1 or start_frame_offset != 0:
             raise BadVideo(f"a still image has no frames {start_frame_offset} to {start_frame_offset + frames - 1}")
         return _read_still(io.BytesIO(data), Limits())[None]
+    own = container == "mov" and _is_own(data)
+    if decoder == "decord" and own and _decord_agrees(data):
+        return _decode_by_decord(data, frames, fps, start_frame_offset)
     with _Reader(io.BytesIO(data), container) as reader:
-        decoded = _from_number(reader, start_frame_offset, own=_is_own(data))
+        decoded = _from_number(reader, start_frame_offset, own=own)
         picked: Iterator[VideoFrame]
         if fps is None:
             picked = (frame for _, frame in islice(decoded, frames))
@@ -285,8 +293,12 @@ def decode_clip(
         to_rgb = _RGB()
         clip = [to_rgb(frame) for frame in picked]
     if len(clip) < frames:
-        raise BadVideo(f"it ends after {len(clip)} of {frames} frames from number {start_frame_offset} at fps {fps}")
+        raise _too_short(len(clip), frames, start_frame_offset, fps)
     return np.stack(clip)
+
+
+def _too_short(found: int, frames: int, start: int, fps: float | None) -> BadVideo:
+    return BadVideo(f"it ends after {found} of {frames} frames from number {start} at fps {fps}")
 
 
 def _is_own(data: bytes) -> bool:
@@ -326,6 +338,53 @@ def _at_rate(decoded: Iterator[tuple[int, VideoFrame]], count: int, ticks: Fract
     while done < count and done * ticks < end:
         yield held
         done += 1
+
+
+_agreed: list[bool] = []
+"""Whether decord is used in this process: empty until it is first asked for."""
+
+
+def _decord_agrees(data: bytes) -> bool:
+    """Whether decord decodes as PyAV does, found on the first clip of a process. Raises UserError if it is missing."""
+    if not _agreed:
+        reason = _differs(data)
+        _agreed.append(not reason)
+        if reason:
+            print(f"warning: data.decoder=decord {reason}; PyAV decodes instead", file=sys.stderr)
+    return _agreed[0]
+
+
+def _differs(data: bytes) -> str:
+    """How decord's frames of a clip differ from PyAV's; empty if they do so by no more than their ways of rounding."""
+    with _Reader(io.BytesIO(data), "mov") as reader:
+        count = sum(1 for _ in reader.frames())
+    wanted = decode_clip(data, frames=count)
+    try:
+        found = _decode_by_decord(data, count, None, 0)
+    except ImportError:
+        raise UserError(
+            "data.decoder=decord: decord is not installed; run `pip install decord`, or set data.decoder=pyav."
+        ) from None
+    except BadVideo as error:
+        return f"does not decode what PyAV does ({error})"
+    off = np.abs(found.astype(np.int16) - wanted).mean(axis=(1, 2, 3)).max()
+    return f"differs by {off:.1f} levels from what PyAV decodes" if off > _DECORD_OFF else ""
+
+
+def _decode_by_decord(data: bytes, frames: int, fps: float | None, start: int) -> np.ndarray:
+    """`decode_clip` of a clip that was written here, whose frames are evenly spaced."""
+    import decord
+
+    try:
+        reader = decord.VideoReader(io.BytesIO(data), num_threads=1)
+        step = rational(reader.get_avg_fps()) / rational(fps) if fps else Fraction(1)
+        numbers = [start + int(i * step) for i in range(frames)]
+        found = sum(number < len(reader) for number in numbers)
+        if found < frames:
+            raise _too_short(found, frames, start, fps)
+        return reader.get_batch(numbers).asnumpy()
+    except decord.DECORDError as error:
+        raise BadVideo(f"cannot be decoded: {str(error).splitlines()[0]}") from error
 
 
 def rational(fps: float | Fraction) -> Fraction:

@@ -45,7 +45,8 @@ def pack(folder: Path) -> Path:
         (videos / f"{label}.mp4").write_bytes(encode_mp4(draw(label), 8, 10))
         rows.append(json.dumps({"file_name": f"{label}.mp4", "label": label}))
     (videos / "metadata.jsonl").write_text("\n".join(rows) + "\n")
-    assert sora_data(["run", str(videos), str(shards), "workers=0", "validation_fraction=0", "pack.crf=10", "dedupe.near=false"]) == 0
+    words = ["split.detector=none", "dedupe.near=false", "validation_fraction=0", "pack.crf=10", "workers=0"]
+    assert sora_data(["run", str(videos), str(shards), *words]) == 0
     return shards
 
 

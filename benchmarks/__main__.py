@@ -1,4 +1,4 @@
-"""`python -m benchmarks [decoding|packing|reading|step ...]`: print the tables, all by default. One thread, CPU time."""
+"""`python -m benchmarks [decoding|packing|reading|step ...]`: print the tables, all by default. All in CPU time."""
 
 import os
 import sys

@@ -1,7 +1,7 @@
 """Clips per CPU second out of a long video: `cut_clips`, which decodes a stretch once, against one ffmpeg per clip.
 
-Both get the same preset and crf, and the scaler's usual bicubic method. CPU time is that of all threads, and of ffmpeg's
-own processes. A second table says how much of ours is spent inside FFmpeg's libraries: the rest is Python.
+Both get the same preset and crf, and the scaler's usual bicubic method. CPU time is that of all threads, and of the
+processes of ffmpeg. A second table says how much of ours is spent inside FFmpeg's libraries: the rest is Python.
 """
 
 import resource
@@ -24,7 +24,7 @@ from sora_lite.data import video
 from sora_lite.data.video import cut_clips, probe
 
 HEIGHT, WIDTH, FPS, FRAMES, GROUP = 720, 1280, 24, 576, 250
-CLIP, CRF, ROUNDS = 96, 18, 3
+CLIP, CRF, ROUNDS = 96, 18, 2
 CASES = [((256, 456), "medium"), ((256, 456), "veryfast"), ((480, 852), "medium")]
 
 
@@ -135,8 +135,8 @@ def inside_ffmpeg(path: Path, pts: np.ndarray, size: tuple[int, int], preset: st
     """CPU seconds by kind of call into FFmpeg, and in all, for the same clips as `cut`."""
     clock, opened, built, started = Clock(), video._open, video._ToClip._build, video._Mp4.__init__
 
-    def open_(*values: Any) -> tuple[Packets, Part]:
-        demuxer, stream = clock.timed("read", opened)(*values)
+    def open_(*values: Any, **named: Any) -> tuple[Packets, Part]:
+        demuxer, stream = clock.timed("read", opened)(*values, **named)
         packets = Packets(demuxer, clock, seek="read")
         vars(packets)["clock"] = clock
         return packets, Part(stream, clock)
@@ -159,29 +159,25 @@ def inside_ffmpeg(path: Path, pts: np.ndarray, size: tuple[int, int], preset: st
     return clock.seconds, seconds
 
 
-def compare(path: Path) -> None:
-    """Print both tables for one source."""
-    pts = probe(path).pts
-    clips, has_ffmpeg = len(pts) // CLIP, shutil.which("ffmpeg") is not None
-    print(f"packing {clips} clips of {CLIP} frames out of {WIDTH} x {HEIGHT}, crf {CRF}")
-    if not has_ffmpeg:
-        print("  no ffmpeg to compare with: install it (Debian, Ubuntu: apt-get install ffmpeg)")
-    for size, preset in CASES:
-        ours, theirs = [], []
-        for _ in range(ROUNDS):
-            ours.append(spent(lambda: cut(path, pts, size, preset)))
-            theirs.append(spent(lambda: cut_by_ffmpeg(path, pts, size, preset)) if has_ffmpeg else float("nan"))
-        name = f"{size[1]} x {size[0]}, {preset}"
-        mine, plain = statistics.median(ours), statistics.median(theirs)
-        print(
-            f"  {name:<22}one ffmpeg per clip {clips / plain:7.2f} clips/s   sora_lite {clips / mine:7.2f} clips/s"
-            f" {plain / mine:6.2f}x"
-        )
-    print("share of the CPU time that is spent in FFmpeg's libraries")
-    for size, preset in CASES:
-        parts, whole = inside_ffmpeg(path, pts, size, preset)
-        shown = "   ".join(f"{what} {seconds / whole:5.1%}" for what, seconds in parts.items())
-        print(f"  {f'{size[1]} x {size[0]}, {preset}':<22}{shown}   together {sum(parts.values()) / whole:5.1%}")
+def compare(path: Path, pts: np.ndarray, size: tuple[int, int], preset: str, clips: int) -> str:
+    """The row of one size and preset; the two take turns, so that a busy machine slows both alike."""
+    ours, theirs = [], []
+    for _ in range(ROUNDS):
+        ours.append(spent(lambda: cut(path, pts, size, preset)))
+        if shutil.which("ffmpeg"):
+            theirs.append(spent(lambda: cut_by_ffmpeg(path, pts, size, preset)))
+    row = f"  {f'{size[1]} x {size[0]}, {preset}':<24}sora_lite {clips / statistics.median(ours):5.2f} clips/s"
+    if not theirs:
+        return row
+    plain = statistics.median(theirs)
+    return f"{row}   ffmpeg {clips / plain:5.2f} clips/s{plain / statistics.median(ours):8.2f}x"
+
+
+def share(path: Path, pts: np.ndarray, size: tuple[int, int], preset: str) -> str:
+    """The row of the second table for one size and preset."""
+    parts, whole = inside_ffmpeg(path, pts, size, preset)
+    shown = "".join(f"   {what} {seconds / whole:5.1%}" for what, seconds in parts.items())
+    return f"  {f'{size[1]} x {size[0]}, {preset}':<24}together {sum(parts.values()) / whole:5.1%}:{shown}"
 
 
 def main() -> None:
@@ -189,4 +185,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "source.mp4"
         write_source(path)
-        compare(path)
+        pts = probe(path).pts
+        clips = len(pts) // CLIP
+        print(f"packing {clips} clips of {CLIP} frames out of an mp4 of {WIDTH} x {HEIGHT}, crf {CRF}")
+        for size, preset in CASES:
+            print(compare(path, pts, size, preset, clips))
+        if not shutil.which("ffmpeg"):
+            print("  no ffmpeg to compare with: install it (Debian, Ubuntu: apt-get install ffmpeg)")
+        print("share of sora_lite's CPU time that is spent in FFmpeg's libraries")
+        for size, preset in CASES:
+            print(share(path, pts, size, preset))

@@ -8,12 +8,13 @@ costs no more than the stretches that were being encoded.
 import hashlib
 import io
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import google_crc32c
 from tqdm import tqdm
 
 from data_tools.config import DataConfig, Executor
@@ -26,6 +27,7 @@ from data_tools.state import Table, Unit, outcomes, rows_of
 from sora_lite.data.index import read_index
 from sora_lite.data.shards import Manifest, Sample, ShardWriter, replace_file
 from sora_lite.data.video import Box, Limits, cut_clips
+from sora_lite.errors import UserError
 
 PARTS = "parts"
 
@@ -77,10 +79,23 @@ def work(task: Task) -> WorkRows:
         )
         for clip, media in zip(task["clips"], encoded, strict=True):
             member = tarfile.TarInfo(f"{clip['key']}.{task['ext']}")
-            member.size = len(media)
+            member.size, member.uname = len(media), f"{google_crc32c.value(media):08x}"
             tar.addfile(member, io.BytesIO(media))
-    replace_file(Path(task["out"]), part.getvalue())
+    try:
+        replace_file(Path(task["out"]), part.getvalue())
+    except OSError as error:  # no fault of the source
+        raise UserError(f"{task['out']}: cannot be written ({error.strerror}); mend that and call again.") from None
     return []  # the part says it all
+
+
+class Place(NamedTuple):
+    """Where an encoded clip lies."""
+
+    part: Path
+    ext: str
+    offset: int
+    size: int
+    crc32c: int
 
 
 class Parts:
@@ -88,8 +103,7 @@ class Parts:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.places: dict[str, tuple[Path, str, int, int]] = {}
-        """Key -> part, extension, offset, size."""
+        self.places: dict[str, Place] = {}
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob("*.partial"):
             leftover.unlink()
@@ -101,25 +115,32 @@ class Parts:
 
     def take(self, path: Path) -> None:
         """Know what is in a part. One that is damaged is dropped, and its clips are encoded again."""
+        found: dict[str, Place] = {}
         try:
             with tarfile.open(path, "r:") as tar:
                 for member in tar:
                     key, _, ext = member.name.rpartition(".")
-                    self.places[key] = (path, ext, member.offset_data, member.size)
-        except tarfile.TarError:
+                    # the owner's name, of no use in a part, holds the checksum
+                    found[key] = Place(path, ext, member.offset_data, member.size, int(member.uname, 16))
+        except (tarfile.TarError, ValueError):
             path.unlink()
+        else:
+            self.places |= found
 
     def read(self, key: str) -> tuple[str, bytes]:
-        """Extension and content of a clip."""
-        path, ext, offset, size = self.places[key]
-        with path.open("rb") as file:
-            file.seek(offset)
-            return ext, file.read(size)
+        """Extension and content of a clip. Raises UserError if it is not what was written."""
+        place = self.places[key]
+        with place.part.open("rb") as file:
+            file.seek(place.offset)
+            media = file.read(place.size)
+        if google_crc32c.value(media) != place.crc32c:
+            raise UserError(f"{place.part}: is damaged at {key}; remove it, and its clips are encoded again.")
+        return place.ext, media
 
     def drop(self, keys: list[str]) -> None:
         """Delete the parts of which nothing else is left."""
-        paths = {self.places.pop(key)[0] for key in keys}
-        for path in paths - {place[0] for place in self.places.values()}:
+        paths = {self.places.pop(key).part for key in keys}
+        for path in paths - {place.part for place in self.places.values()}:
             path.unlink()
 
 
@@ -171,7 +192,7 @@ def pack(
 
 def _encoded(
     todo: list[Unit], parts: Parts, table: Table, failed: dict[str, str], config: DataConfig, bar: Any
-) -> Iterator[Unit]:
+) -> Generator[Unit, None, None]:
     """Encode units; each is yielded when its part, or the reason why there is none, is known."""
     for unit, outcome in outcomes(work, todo, config):
         bar.update(len(unit.keys))

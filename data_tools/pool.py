@@ -30,6 +30,10 @@ MOST_DEATHS = 2
 MOST_KILLS = 10
 """How often others may kill the workers of one task, before it counts as the task's fault (the kernel's killer of
 processes that take too much memory is such another)."""
+START_SECONDS = 120.0
+"""How long a worker may take to start, on a machine that has much else to do; no task is to blame for that."""
+MOST_REASON = 500
+"""Characters of a reason."""
 AHEAD = 2
 """Tasks that a worker has at hand, so that it never waits for its parent."""
 
@@ -162,7 +166,8 @@ class _Pool:
 
     def _kill_stalled(self) -> None:
         for worker in self.workers:
-            if worker.tasks and time.monotonic() - worker.alive_at > self.stall_seconds:
+            patience = self.stall_seconds if worker.ready else max(START_SECONDS, self.stall_seconds)
+            if worker.tasks and time.monotonic() - worker.alive_at > patience:
                 worker.stalled = True
                 worker.process.kill()
 
@@ -172,7 +177,9 @@ class _Pool:
         code = worker.process.exitcode
         left = worker.tasks
         self._drop(worker)
-        if not worker.ready and not worker.stalled and code != -signal.SIGKILL:
+        if not worker.ready and worker.stalled:
+            raise RuntimeError(f"a worker process did not start within {START_SECONDS:g} seconds")
+        if not worker.ready and code != -signal.SIGKILL:
             raise RuntimeError(f"a worker process ended as it started ({_name(code)}); its message stands above")
         if not left:
             return
@@ -201,7 +208,13 @@ class _Pool:
 def _outcome(unit: str, result: Rows | str | UserError) -> Outcome:
     if isinstance(result, UserError):
         raise result
-    return Outcome(unit=unit, reason=result) if isinstance(result, str) else Outcome(unit=unit, rows=result)
+    return Outcome(unit=unit, reason=_tame(result)) if isinstance(result, str) else Outcome(unit=unit, rows=result)
+
+
+def _tame(reason: str) -> str:
+    """Reasons may quote what stands in files: one line of it, and nothing that steers a terminal or cannot be kept."""
+    text = " ".join(reason.split())[:MOST_REASON]
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
 def _attempt(function: Function, task: Task) -> Rows | str | UserError:
@@ -210,7 +223,7 @@ def _attempt(function: Function, task: Task) -> Rows | str | UserError:
         return function(task)
     except UserError as error:
         return error
-    except BadVideo as reason:
+    except (BadVideo, OSError) as reason:
         return str(reason)
     except MemoryError:
         return "needs more memory than a worker may take (memory_mb)"
@@ -219,7 +232,7 @@ def _attempt(function: Function, task: Task) -> Rows | str | UserError:
         while trace is not None and trace.tb_next is not None:
             trace = trace.tb_next
         place = "" if trace is None else f" at {os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno}"
-        return " ".join(f"{type(error).__name__}{place}: {error}".split())
+        return f"{type(error).__name__}{place}: {error}"
 
 
 def _serve(connection: Connection, function: Function, memory_mb: int) -> None:

@@ -1,4 +1,4 @@
-"""First stage: hash every source, decode all of it once, and remember what was found."""
+"""First stage: decode all of every source once, hash it, and remember what was found."""
 
 import hashlib
 import os
@@ -73,7 +73,7 @@ class Probed:
 def facts_of(row: dict[str, Any]) -> VideoFacts:
     """The inverse of `Probed.from_facts`."""
     pts = np.concatenate([[row["start"]], np.repeat(row["steps"], row["repeats"])]).astype(np.int64).cumsum()
-    fractions = {name: Fraction(row[name]) for name in _FRACTIONS}
+    fractions: dict[str, Any] = {name: Fraction(row[name]) for name in _FRACTIONS}
     return VideoFacts(pts=pts, frames_hash=row["frames_hash"], **fractions, **{name: row[name] for name in _PLAIN})
 
 
@@ -101,17 +101,17 @@ def probe_key(source: Source) -> str:
 
 
 def work(task: Task) -> Rows:
-    """Hash and decode one file. A file that cannot be used raises BadVideo or OSError, whose text is the reason."""
+    """Decode and hash one file. A file that cannot be used raises BadVideo or OSError, whose text is the reason."""
     limits = Limits(**task["limits"])
     with open_source(task["location"], limits.max_bytes) as file:
         size = file.seek(0, 2)
         if size > limits.max_bytes:
             raise BadVideo(f"has {size / 2**30:.1f} GiB (probe.max_gigabytes)")
+        facts = probe(file, limits, beat)  # first, since most of what is bad shows at once, however large it is
         file.seek(0)
         sha256 = hashlib.sha256()
         while block := file.read(_BLOCK):
             sha256.update(block)
             beat()
-        file.seek(0)
-        probed = Probed.from_facts(sha256.hexdigest(), probe(file, limits, beat))
+        probed = Probed.from_facts(sha256.hexdigest(), facts)
     return [{"key": task["key"], "sha256": probed.sha256, **probed.row}]

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from data_tools.sources import printable
 from sora_lite.data.index import Index, read_index
-from sora_lite.data.shards import Manifest, Sample, ShardEntry, ShardReader, ShardWriter, flush_folder
+from sora_lite.data.shards import DamagedSample, Manifest, Sample, ShardEntry, ShardReader, ShardWriter, flush_folder
 from sora_lite.errors import UserError
 
 
@@ -56,16 +57,22 @@ def compact(folder: Path) -> None:
 
 
 def _without(folder: Path, entry: ShardEntry, gone: set[str]) -> ShardEntry | None:
-    """A new shard with the rest of the samples; None if there is none."""
+    """A new shard with the rest of the samples; None if there is none. Raises UserError if one cannot be read."""
     stem, _, edition = entry.path.removesuffix(".tar").partition(".")
     path = folder / f"{stem}.{int(edition or 0) + 1}.tar"
     with ShardReader(folder / entry.path) as reader, ShardWriter(path, entry.split) as writer:
         for row in read_index(folder, entry).to_pylist():
             if row["key"] in gone:
                 continue
-            media = reader.read(row["media_offset"], row["media_size"], row["crc32c"])
-            meta = reader.read_json(row["json_offset"], row["json_size"], row["json_crc32c"])
-            writer.add(Sample(key=row["key"], ext=row["ext"], media=media, meta=meta))
+            try:
+                media = reader.read(row["media_offset"], row["media_size"], row["crc32c"])
+                meta = reader.read_json(row["json_offset"], row["json_size"], row["json_crc32c"])
+                writer.add(Sample(key=row["key"], ext=row["ext"], media=media, meta=meta))
+            except (DamagedSample, ValueError, KeyError, TypeError, OverflowError, OSError) as error:
+                raise UserError(
+                    f"{reader.path}: {row['key']!r} cannot be copied ({printable(str(error))}); restore this shard "
+                    f"(`sora-data verify {folder}` lists all that is wrong)."
+                ) from None
     if len(writer):
         return writer.entry
     path.unlink()

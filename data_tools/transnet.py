@@ -7,24 +7,30 @@ Letters: T frames of a window, C channels, H W height and width.
 """
 
 from collections.abc import Iterable, Iterator
-from itertools import chain, repeat
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from data_tools.shots import Transition
+from data_tools import shots
+from data_tools.shots import Transition, untouched
 from sora_lite.errors import UserError
 
 SIZE = (27, 48)
 """Height and width of the frames that the network looks at."""
 WINDOW, BORDER = 100, 25
 """Frames that it sees at once, and how many of them at each end are only there to be seen."""
+KEPT = WINDOW - 2 * BORDER
 REACH = 50
 """A frame is compared with so many frames before it and after it."""
+THRESHOLD = 0.3
+"""Chance from which a frame counts. The paper has 0.5; for dissolves less finds more, and is hardly ever wrong."""
+SHORT, GAP = 3, 5
+"""Frames of a run that is a cut and no dissolve; frames between two runs that are one."""
+
 
 class Branch(nn.Module):
     """A 3-D convolution that is split into space and, without activation between them, time."""
@@ -107,6 +113,78 @@ class TransNet(nn.Module):
 
 
 def histograms(frames: Tensor) -> Tensor:
-    """Pixels of each of 8 x 8 x 8 colours: (T, H, W, 3) -> (T, 512)."""
-    bins = (frames.long() >> 5) @ torch.tensor([64, 8, 1])  # T H W
-    return torch.zeros(len(frames), 512).scatter_add_(1, bins.flatten(1), torch.ones(bins.flatten(1).shape))
+    """Pixels of each of 8 x 8 x 8 colours: uint8 (T, H, W, 3) -> (T, 512)."""
+    bins = ((frames.long() >> 5) * torch.tensor([64, 8, 1])).sum(3).flatten(1)  # T HW
+    return torch.zeros(len(frames), 512).scatter_add_(1, bins, torch.ones(bins.shape))
+
+
+def load(weights: Path) -> TransNet:
+    """The network with the weights of a file: the published one (.pth), or the same tensors as .safetensors.
+
+    Raises UserError if there is no such file, or if it holds something else.
+    """
+    model = TransNet()
+    if not weights.is_file():
+        raise UserError(f"split.weights={weights}: no such file; it must hold the weights of TransNet V2.")
+    try:
+        if weights.suffix == ".safetensors":
+            tensors = load_file(weights)
+        else:
+            tensors = torch.load(weights, map_location="cpu", weights_only=True)
+        model.load_state_dict(tensors)
+    except Exception as error:  # each of torch's readers has its own
+        reason = str(error).splitlines()[0]
+        raise UserError(f"split.weights={weights}: not the weights of TransNet V2: {reason}") from error
+    return model.eval()
+
+
+def find_transitions(frames: Iterable[np.ndarray], model: TransNet) -> list[Transition]:
+    """All transitions of a video, in order. frames: uint8 RGB (27, 48, 3), every frame of the video.
+
+    Cuts and fades are those of `shots.find_transitions`, which finds more of them, at their exact frames, and is rarely
+    wrong. The network finds the dissolves.
+    """
+    chances: list[np.ndarray] = []
+    found = shots.find_transitions(_watched(frames, model, chances))
+    sure = [one for one in found if one.kind != "dissolve"]
+    middle, part = np.concatenate([*chances, np.zeros((2, 0))], axis=1)
+    return untouched(sure + _dissolves(middle, part), len(middle))
+
+
+def _watched(frames: Iterable[np.ndarray], model: TransNet, chances: list[np.ndarray]) -> Iterator[np.ndarray]:
+    """The frames as they come; what the network says of them, (2, frames) in all, is added to `chances`."""
+    window: list[np.ndarray] = []
+    count = 0
+    for count, frame in enumerate(frames, start=1):  # noqa: B007
+        window += [frame] * (1 if window else 1 + BORDER)
+        if len(window) == WINDOW:
+            chances.append(_predict(window, model))
+            window = window[KEPT:]
+        yield frame
+    while (left := count - KEPT * len(chances)) > 0:
+        window += window[-1:] * (WINDOW - len(window))
+        chances.append(_predict(window, model)[:, :left])
+        window = window[KEPT:]
+
+
+def _predict(window: list[np.ndarray], model: TransNet) -> np.ndarray:
+    """What the network says of the frames of a window that are not its borders: (2, KEPT)."""
+    with torch.inference_mode():
+        return torch.stack(model(torch.from_numpy(np.stack(window))))[:, BORDER:-BORDER].numpy()
+
+
+def _dissolves(middle: np.ndarray, part: np.ndarray) -> list[Transition]:
+    """Runs of frames that are likely in a transition and hold a likely middle of one. Both (frames,), in [0, 1]."""
+    likely = np.zeros(len(part), bool)
+    for first, last in _runs(part > THRESHOLD):
+        likely[first:last] = middle[first:last].max() > THRESHOLD
+    gaps = [(first, last) for first, last in _runs(~likely) if last - first <= GAP and first > 0 and last < len(part)]
+    for first, last in gaps:
+        likely[first:last] = True
+    return [Transition("dissolve", first, last) for first, last in _runs(likely) if last - first > SHORT]
+
+
+def _runs(true: np.ndarray) -> list[tuple[int, int]]:
+    """Half-open stretches of what is true."""
+    edges = np.flatnonzero(np.diff(true, prepend=False, append=False)).tolist()
+    return list(zip(edges[::2], edges[1::2], strict=True))

@@ -10,9 +10,10 @@ from typing import Any
 from tqdm import tqdm
 
 from data_tools.pool import Rows, Task, beat, run_tasks
+from data_tools.sources import printable
 from sora_lite.data.index import read_index
 from sora_lite.data.shards import DamagedSample, Manifest, ShardEntry, ShardReader, check_key
-from sora_lite.data.video import BadVideo, decode_clip
+from sora_lite.data.video import BadVideo, probe
 from sora_lite.errors import UserError
 
 
@@ -43,7 +44,9 @@ def verify(folder: Path, workers: int | None = None) -> None:
             found = [outcome.reason] if outcome.reason else [row["fault"] for row in outcome.rows]
             problems += [f"{outcome.unit}: {fault}" for fault in found]
             bar.update(next(entry.samples for entry in manifest.shards if entry.path == outcome.unit))
-    print("\n".join([f"{folder}: {len(manifest.shards)} shards, {clips} clips", *sorted(problems)]))
+    print(f"{folder}: {len(manifest.shards)} shards, {clips} clips")
+    for problem in sorted(problems):
+        print(printable(problem))  # keys and names of members are whatever somebody wrote
     if problems:
         raise UserError(f"{folder}: {len(problems)} faults (listed above); restore these shards or pack again.")
 
@@ -84,17 +87,13 @@ def _check_sample(reader: ShardReader, row: dict[str, Any]) -> str:
         check_key(row["key"])
         media = reader.read(row["media_offset"], row["media_size"], row["crc32c"])
         meta = reader.read_json(row["json_offset"], row["json_size"], row["json_crc32c"])
-        frames = decode_clip(media, frames=row["frames"])
+        facts = probe(media, beat=beat)
         promised = (meta["frames"], meta["height"], meta["width"], 3), meta["fps"], meta["source"]["sha256"][:16]
-    except (DamagedSample, BadVideo, ValueError, KeyError, TypeError) as error:
-        return f"{type(error).__name__}: {error}" if isinstance(error, KeyError | TypeError) else str(error)
+    except (KeyError, TypeError) as error:
+        return f"its JSON lacks what it must hold ({type(error).__name__}: {error})"
+    except (DamagedSample, BadVideo, ValueError, OSError, OverflowError) as error:
+        return str(error)
     shape = (row["frames"], row["height"], row["width"], 3)
-    if frames.shape != shape:
-        return f"decodes to {frames.shape}, the index says {shape}"
-    if promised != (shape, row["fps"], row["source"]):
-        return "its JSON and the index differ"
-    try:
-        decode_clip(media, frames=shape[0] + 1)
-    except BadVideo:
-        return ""
-    return f"holds more than the promised {shape[0]} frames"
+    if (facts.frames, facts.height, facts.width, 3) != shape:
+        return f"decodes to {(facts.frames, facts.height, facts.width, 3)}, the index says {shape}"
+    return "" if promised == (shape, row["fps"], row["source"]) else "its JSON and the index differ"

@@ -101,9 +101,7 @@ def answers(found: Transition, label: Transition) -> bool:
     return overlaps and found.last - found.first <= 2 * (label.last - label.first) + 10
 
 
-def films(
-    paths: list[Path], *, cuts: int, dissolves: int, fades: int, seed: int, per_film: int = 10
-) -> Iterator[Film]:
+def films(paths: list[Path], *, cuts: int, dissolves: int, fades: int, seed: int, per_film: int = 10) -> Iterator[Film]:
     """Films of `per_film` transitions each, `cuts` + `dissolves` + `fades` in all, from the clips at `paths`."""
     rng = np.random.default_rng(seed)
     kinds = rng.permutation(["cut"] * cuts + ["dissolve"] * dissolves + ["fade"] * fades)

@@ -1,7 +1,8 @@
-"""Video files in which every frame carries its own number, as cells of black and white that survive any codec and size.
+"""Video files in which every frame carries its own number, as cells of black and white that survive coding and scaling.
 
-MAKERS makes them, in the containers, codecs and shapes that people have. `read_stamp` reads a number back from a decoded
-frame, and STAMPS says which numbers a file must show, in order: so a decoder that skips, repeats or turns frames is seen.
+MAKERS makes them, in the containers, codecs and shapes that people have. `read_stamp` reads a number back from a
+decoded frame, and STAMPS says which numbers a file must show, in order: so a decoder that skips, repeats or turns
+frames is seen.
 """
 
 import io
@@ -33,7 +34,7 @@ def picture(number: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray
 
 
 def read_stamp(frame: np.ndarray) -> int:
-    """The number in a frame of any size, (H, W, 3); -1 if it holds no whole stamp, or not upright."""
+    """The number in a frame of any size, (H, W, 3); -1 if it holds no whole stamp, or lies on its side."""
     height, width = frame.shape[:2]
     grey = frame.astype(np.float64).mean(axis=2)
     cells = [
@@ -93,7 +94,7 @@ def pictures(count: int = FRAMES, height: int = HEIGHT, width: int = WIDTH, turn
 def h264(options: str = "", **how: object) -> bytes:
     """H.264 with B-frames that are themselves referred to, and a keyframe every 12 frames."""
     how.setdefault("pictures", pictures())
-    x264 = f"keyint=12:min-keyint=12:scenecut=0:bframes=3:b-adapt=0:b-pyramid=normal:threads=1{options}"
+    x264 = f"keyint=12:min-keyint=12:scenecut=0:bframes=3:b-adapt=0:b-pyramid=normal:threads=1:mbtree=0{options}"
     return muxed(options={"preset": "fast", "crf": "20", "x264-params": x264}, **how)  # type: ignore[arg-type]
 
 
@@ -165,11 +166,14 @@ MAKERS: dict[str, Callable[[], bytes]] = {
         pictures(),
         container="webm",
         codec="libvpx-vp9",
-        options={"g": "12", "lag-in-frames": "8", "auto-alt-ref": "1", "cpu-used": "8", "deadline": "realtime"},
+        options={"g": "12", "lag-in-frames": "8", "auto-alt-ref": "1", "cpu-used": "5", "deadline": "good"},
     ),
     "av1": lambda: muxed(pictures(), codec="libsvtav1", options={"g": "12", "preset": "8", "svtav1-params": "lp=1"}),
     "mpeg2_ps": lambda: muxed(pictures(), container="vob", codec="mpeg2video", options={"g": "12", "bf": "2"}),
     "mpeg2_ts": lambda: muxed(pictures(), container="mpegts", codec="mpeg2video", options={"g": "12", "bf": "2"}),
+    "interlaced": lambda: muxed(
+        pictures(), container="vob", codec="mpeg2video", options={"g": "12", "bf": "2", "flags": "+ildct+ilme"}
+    ),
     "mpeg4_avi": lambda: muxed(pictures(), container="avi", codec="mpeg4", options={"g": "12", "bf": "2", "b": "2M"}),
     "vfr_mp4": partial(h264, times=uneven()),
     "vfr_mkv": partial(h264, times=uneven(), container="matroska"),
@@ -180,7 +184,9 @@ MAKERS: dict[str, Callable[[], bytes]] = {
         f"rotated_{90 * turns}": lambda turns=turns: h264(pictures=pictures(turns=turns), rotation=90 * turns)  # type: ignore[misc]
         for turns in (1, 2, 3)
     },
-    "odd_size": lambda: muxed(pictures(height=97, width=131), container="webm", codec="libvpx-vp9", options={"g": "12"}),
+    "odd_size": lambda: muxed(
+        pictures(height=97, width=131), container="webm", codec="libvpx-vp9", options={"g": "12"}
+    ),
     "odd_444": lambda: h264(pictures=pictures(height=97, width=131), pix_fmt="yuv444p"),
     "ten_bit": partial(hevc, pix_fmt="yuv420p10le"),
     "wide_pixels": lambda: h264(pictures=pictures(), sar=Fraction(4, 3)),

@@ -272,7 +272,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, byte
     """Videos that fill several shards of 1 MiB, and the files that an undisturbed run makes of them."""
     folder = tmp_path_factory.mktemp("many")
     (folder / "videos").mkdir()
-    for i in range(12):
+    for i in range(16):
         write_mp4(folder / "videos" / f"{i}.mp4", noise(i, frames=34), 8, crf=10)
     assert sora_data(*many_run(folder / "videos", folder / "shards"), "workers=0") == 0
     assert len(Manifest.load(folder / "shards").shards) >= 4
@@ -452,9 +452,7 @@ def test_a_changed_setting_redoes_its_stage_and_what_follows(videos: Path, tmp_p
     assert rows("score").keys() > before["score"].keys()
 
 
-def test_quarantine_is_listed_and_tried_again(
-    videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_quarantine_is_listed_and_tried_again(videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run = ("run", videos, tmp_path / "s", "workers=0", "validation_fraction=0", *PLAIN)
     assert sora_data(*run) == 0
     capsys.readouterr()

@@ -1,6 +1,7 @@
 """Decoding: the right frames, upright, in the right colours, and a clear reason where that cannot be."""
 
 import io
+import sys
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -8,12 +9,24 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import stamped as stamps
 from odd_videos import audio_only
 from PIL import Image
 
 from sora_lite.data import video
 from sora_lite.data.buckets import frames_at
-from sora_lite.data.video import BadVideo, decode_clip, encode_mp4, probe, read_frames, write_mp4
+from sora_lite.data.video import (
+    BadVideo,
+    Box,
+    Limits,
+    cut_clips,
+    decode_clip,
+    encode_mp4,
+    probe,
+    read_frames,
+    write_mp4,
+)
+from sora_lite.errors import UserError
 
 FRAMES, SIDE = 20, 32
 
@@ -195,6 +208,268 @@ def test_still_images_are_clips_of_one_frame(ext: str) -> None:
     assert (probe(out.getvalue()).frames, probe(out.getvalue()).height) == (1, 20)
     with pytest.raises(BadVideo, match="still"):
         decode_clip(out.getvalue(), frames=2)
+
+
+# ---------------------------------------------------------------------------------------------------------- facts
+
+
+def test_facts_flag_what_is_unusual() -> None:
+    def flags(name: str) -> tuple[int, bool, bool, bool]:
+        facts = probe(stamps.MAKERS[name]())
+        return facts.bit_depth, facts.hdr, facts.interlaced, facts.variable_rate
+
+    assert flags("h264_open_mkv") == (8, False, False, False), "a container's milliseconds make no variable rate"
+    assert flags("ten_bit") == (10, False, False, False)
+    assert flags("interlaced") == (8, False, True, False)
+    assert flags("vfr_mp4") == flags("vfr_mkv") == (8, False, False, True)
+    assert probe(stamps.hevc(":transfer=smpte2084")).hdr and probe(stamps.hevc(":colorprim=bt2020")).hdr
+
+
+def test_hash_of_the_frames_is_that_of_their_pixels_alone() -> None:
+    frames = textured()
+    hashes = [probe(muxed(frames, container=container)).frames_hash for container in ("mp4", "matroska", "mpegts")]
+    assert len(set(hashes)) == 1 and len(hashes[0]) == 32
+    lossless = {"codec": "ffv1", "container": "matroska"}
+    before = probe(muxed(frames, **lossless)).frames_hash
+    frames[-1, 40:42, 40:42] ^= 8
+    assert before != probe(muxed(frames, **lossless)).frames_hash != probe(muxed(frames[:-1], **lossless)).frames_hash
+    for name in ("odd_size", "odd_444", "ten_bit", "animated_gif", "full_range", "png"):
+        data = stamps.MAKERS[name]()
+        assert probe(data).frames_hash == probe(data).frames_hash != before
+
+
+def test_sources_may_be_open_files_and_the_caller_is_kept_informed(tmp_path: Path) -> None:
+    write_mp4(tmp_path / "a.mp4", stamped(), 8)
+    beats: list[int] = []
+    with (tmp_path / "a.mp4").open("rb") as file:
+        file.read(100)
+        assert probe(file, beat=lambda: beats.append(0)).frames == FRAMES and len(beats) >= FRAMES
+        seen = len(beats)
+        assert len(list(read_frames(file, start=0, beat=lambda: beats.append(0)))) == FRAMES
+        assert not file.closed and len(beats) >= seen + FRAMES
+
+
+def test_drafts_are_near_the_real_thing() -> None:
+    data = stamps.MAKERS["h264_closed"]()
+    pairs = zip(read_frames(data, size=(48, 64), draft=True), read_frames(data, size=(48, 64)), strict=True)
+    assert max(np.abs(draft[1].astype(int) - exact[1]).mean() for draft, exact in pairs) < 4
+
+
+# --------------------------------------------------------------------------------------------------- cutting clips
+
+
+def cut(data: bytes, picks: np.ndarray, size: tuple[int, int], **how: object) -> bytes:
+    """One clip of few losses."""
+    settings = {"fps": Fraction(25), "crf": 4, "preset": "ultrafast", **how}
+    (media,) = cut_clips(data, pts=probe(data).pts, clips=[picks], size=size, **settings)  # type: ignore[arg-type]
+    return media
+
+
+def patches(matrix: int, full: bool) -> bytes:
+    """Lossless yuv444p of four plain patches, coded by ITU-T H.273's matrix of that number, in a range."""
+    red, blue = {1: (0.2126, 0.0722), 6: (0.299, 0.114), 9: (0.2627, 0.0593)}[matrix]
+    rgb = np.array(COLOURS) / 255
+    luma = rgb @ [red, 1 - red - blue, blue]
+    planes = np.stack([luma, (rgb[:, 2] - luma) / (2 - 2 * blue), (rgb[:, 0] - luma) / (2 - 2 * red)])
+    low, steps = (0, (255, 255, 255)) if full else (16, (219, 224, 224))
+    coded = (planes * np.array(steps)[:, None] + np.array([low, 128, 128])[:, None]).round().clip(0, 255)
+    pictures = np.repeat(coded.astype(np.uint8), 32, axis=1)[:, None].repeat(64, axis=1)  # 3 H W
+    out = io.BytesIO()
+    with av.open(out, "w", format="matroska") as muxer:
+        stream = muxer.add_stream("ffv1", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 64, 128, "yuv444p"
+        stream.codec_context.colorspace, stream.codec_context.color_range = matrix, 2 if full else 1
+        for _ in range(2):
+            muxer.mux(stream.encode(av.VideoFrame.from_ndarray(pictures, format="yuv444p")))
+        muxer.mux(stream.encode())
+    return out.getvalue()
+
+
+COLOURS = [(200, 30, 60), (20, 180, 90), (40, 60, 220), (235, 220, 30)]
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("matrix", [1, 6, 9])
+def test_clips_keep_their_colours_however_they_are_coded(matrix: int, full: bool) -> None:
+    data = patches(matrix, full)
+    ((_, read), *_) = read_frames(data)
+    for frame in (read, *decode_clip(cut(data, np.arange(2), (64, 128)), frames=2)):
+        shown = np.stack([frame[8:56, 32 * i + 8 : 32 * i + 24].mean(axis=(0, 1)) for i in range(4)])
+        assert np.abs(shown - COLOURS).max() < 4
+
+
+@pytest.mark.parametrize("rotation", [0, 90, 180, 270])
+def test_crops_are_taken_from_the_upright_picture(rotation: int) -> None:
+    name = f"rotated_{rotation}" if rotation else "h264_closed"
+    data, box = stamps.MAKERS[name](), Box(top=10, left=22, height=60, width=90)
+    pictures = [frame[10:70, 22:112] for _, frame in read_frames(data)][:4]
+    same = decode_clip(cut(data, np.arange(4), (60, 90), crop=box), frames=4)
+    assert np.abs(same.astype(int) - pictures).mean() < 2
+    halved = decode_clip(cut(data, np.arange(4), (30, 44), crop=box), frames=4)
+    wanted = [np.asarray(Image.fromarray(one).resize((44, 30), Image.Resampling.BICUBIC)) for one in pictures]
+    assert np.abs(halved.astype(int) - wanted).mean() < 2.5
+    with pytest.raises(BadVideo, match="outside"):
+        cut(data, np.arange(4), (60, 90), crop=Box(top=40, left=22, height=60, width=90))
+
+
+def test_a_side_that_is_only_odd_loses_its_last_row() -> None:
+    for name in ("odd_444", "odd_size"):
+        data = stamps.MAKERS[name]()
+        clip = decode_clip(cut(data, np.arange(3), (96, 130)), frames=3)
+        exact = np.stack([frame[:96, :130] for _, frame in read_frames(data)][:3])
+        assert np.abs(clip.astype(int) - exact).mean() < 2
+    image = io.BytesIO()
+    Image.fromarray(stamps.picture(9, 51, 33)).save(image, "png")
+    (trimmed,) = cut_clips(image.getvalue(), pts=np.zeros(1, np.int64), clips=[np.zeros(1, np.int64)], size=(50, 32),
+                           fps=Fraction(1), crf=0)  # fmt: skip
+    assert np.array_equal(decode_clip(trimmed, frames=1)[0], stamps.picture(9, 51, 33)[:50, :32])
+
+
+def test_clips_have_nothing_of_their_source_but_its_pictures() -> None:
+    """Not its kinds of frames, so that keyframes stand where the encoder puts them, nor its times and turns."""
+    for name in ("full_range", "rotated_90", "interlaced", "vfr_mp4"):
+        with av.open(io.BytesIO(cut(stamps.MAKERS[name](), np.arange(40), (64, 64), preset="fast", crf=20))) as file:
+            frames = list(file.decode(video=0))
+            context = file.streams.video[0].codec_context
+        assert [frame.pts for frame in frames] == [512 * i for i in range(40)] and frames[0].time_base * 512 * 25 == 1
+        assert sum(frame.key_frame for frame in frames) == 1, name
+        assert not any(frame.interlaced_frame or frame.rotation for frame in frames)
+        assert (context.colorspace, context.color_primaries, context.color_trc, context.color_range) == (1, 1, 1, 1)
+
+
+def test_the_bytes_of_clips_never_vary() -> None:
+    data, rng = stamps.MAKERS["h264_open"](), np.random.default_rng(0)
+    first = cut(data, np.arange(30), (66, 34), preset="medium", crf=18)
+    for _ in range(5):
+        junk = [np.full(int(n), 7, np.uint8) for n in rng.integers(100, 40_000, 20)]  # another state of the heap
+        del junk
+        assert cut(data, np.arange(30), (66, 34), preset="medium", crf=18) == first
+
+
+def test_long_gaps_between_clips_are_leapt(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = stamps.h264(pictures=stamps.pictures(240))
+    pts, decoded = probe(data).pts, []
+    check = video._Check.__call__
+    monkeypatch.setattr(video._Check, "__call__", lambda self, *frame: decoded.append(frame) or check(self, *frame))
+    clips = [np.arange(first, first + 3) for first in (5, 100, 200)]
+    found = list(cut_clips(data, pts=pts, clips=clips, size=(96, 128), fps=Fraction(25), crf=20))
+    assert [stamps.read_stamp(frame) for media in found for frame in decode_clip(media, frames=3)] == [
+        *clips[0],
+        *clips[1],
+        *clips[2],
+    ]
+    assert len(decoded) < 100
+    with pytest.raises(ValueError, match="asked for after"):
+        list(cut_clips(data, pts=pts, clips=clips[::-1], size=(96, 128), fps=Fraction(25), crf=20))
+
+
+# -------------------------------------------------------------------------------------------------------- decord
+
+
+@pytest.fixture
+def undecided(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video, "_agreed", [])
+
+
+@pytest.mark.usefixtures("undecided")
+def test_decord_picks_the_same_frames() -> None:
+    pytest.importorskip("decord")
+    clip = encode_mp4(list(stamps.pictures(60)), Fraction(30000, 1001), 18)
+    for wanted in ({"frames": 60}, {"frames": 9, "fps": 8.0}, {"frames": 30, "fps": 60.0, "start_frame_offset": 44}):
+        ours, theirs = (decode_clip(clip, decoder=name, **wanted) for name in ("pyav", "decord"))
+        assert [stamps.read_stamp(frame) for frame in theirs] == [stamps.read_stamp(frame) for frame in ours]
+        assert np.abs(ours.astype(int) - theirs).mean() < 2
+    for wanted in ({"frames": 61}, {"frames": 18, "fps": 8.0}):
+        reasons = []
+        for name in ("pyav", "decord"):
+            with pytest.raises(BadVideo, match="ends after") as found:
+                decode_clip(clip, decoder=name, **wanted)
+            reasons.append(str(found.value))
+        assert reasons[0] == reasons[1]
+
+
+@pytest.mark.usefixtures("undecided")
+def test_decord_is_not_used_if_it_decodes_something_else(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("decord")
+    clip, by_decord = encode_mp4(stamped(), 8, 10), video._decode_by_decord
+    monkeypatch.setattr(video, "_decode_by_decord", lambda *wanted: by_decord(*wanted)[::-1])
+    for _ in range(2):
+        assert numbers(decode_clip(clip, frames=FRAMES, decoder="decord")) == list(range(FRAMES))
+    assert capsys.readouterr().err.count("PyAV decodes instead") == 1
+
+
+@pytest.mark.usefixtures("undecided")
+def test_decord_never_sees_files_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video, "_decode_by_decord", lambda *wanted: pytest.fail("it did"))
+    assert numbers(decode_clip(muxed(stamped()), frames=FRAMES, decoder="decord")) == list(range(FRAMES))
+
+
+@pytest.mark.usefixtures("undecided")
+def test_a_missing_decord_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "decord", None)
+    with pytest.raises(UserError, match="pip install decord"):
+        decode_clip(encode_mp4(stamped(), 8, 10), frames=3, decoder="decord")
+
+
+def test_own_clips_are_entered_at_the_keyframe_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    clip = encode_mp4(list(stamps.pictures(120)), Fraction(24000, 1001), 18)
+    decoded, check = [], video._Check.__call__
+    monkeypatch.setattr(video._Check, "__call__", lambda self, *frame: decoded.append(frame) or check(self, *frame))
+    for start in (1, 47, 48, 49, 95, 97, 118):
+        decoded.clear()
+        frames = decode_clip(clip, frames=2, start_frame_offset=start)
+        assert [stamps.read_stamp(frame) for frame in frames] == [start, start + 1] and len(decoded) <= 49
+
+
+# --------------------------------------------------------------------------------------------------------- limits
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [
+        ({"max_pixels": 1000}, "pixels, more than 1000"),
+        ({"max_frames": 19}, "frames, more than 19"),
+        ({"max_seconds": 2.0}, "seconds, more than 2"),
+        ({"max_streams": 0}, "1 streams, more than 0"),
+        ({"max_bytes": 500}, "bytes, more than 500"),
+    ],
+)
+def test_what_is_beyond_the_limits_is_refused_before_it_is_decoded(
+    limits: dict[str, int], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = encode_mp4(stamped(), 8, 10)
+    monkeypatch.setattr(video._Check, "__call__", lambda *frame: pytest.fail("it was decoded"))
+    for call in (probe, lambda data, limits: list(read_frames(data, limits=limits))):
+        with pytest.raises(BadVideo, match=reason):
+            call(data, limits=Limits(**limits))
+
+
+def test_limits_hold_where_headers_name_nothing() -> None:
+    data = muxed(stamped(), container="matroska", movflags="")
+    with pytest.raises(BadVideo, match="more than 19 frames"):
+        probe(data, Limits(max_frames=19))
+    stream = stamps.MAKERS["mpeg2_ps"]()
+    with pytest.raises(BadVideo, match=r"longer than 1 seconds|seconds, more than 1"):
+        probe(stream, Limits(max_seconds=1))
+    for small in (stamps.MAKERS["mpeg2_ts"](), stamps.MAKERS["vp9"](), stamps.MAKERS["gif"]()):
+        with pytest.raises(BadVideo, match=r"pixels|cannot be decoded"):
+            probe(small, Limits(max_pixels=5000))
+    still = io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(still, "PNG")
+    with pytest.raises(BadVideo, match=r"pixels|bomb"):
+        probe(still.getvalue())
+
+
+def test_a_canvas_of_a_thousand_million_pixels_costs_nothing() -> None:
+    """A gif of 35 bytes, whose header is all that is large."""
+    gif = b"GIF89a" + (32768).to_bytes(2, "little") * 2 + b"\x80\0\0" + b"\0\0\0\xff\xff\xff"
+    gif += b"\x2c\0\0\0\0\1\0\1\0\0\x02\x02\x44\x01\0;"
+    start = time.process_time()
+    with pytest.raises(BadVideo, match="more than 64000000 pixels"):
+        probe(gif)
+    assert time.process_time() - start < 1
 
 
 # ------------------------------------------------------------------------------------------------------ bad input

@@ -18,6 +18,8 @@ SIZE = (36, 64)
 """Height and width in pixels at which a video is best looked at."""
 CUT = 0.3
 """How much more than any change near it a cut changes, as `_unlike` measures it."""
+CUT_IN_HASTE = 0.7
+"""The same where shots are so short that two other cuts are near it."""
 NEAR = 4
 """Frames before and after a cut that are looked at for other changes."""
 FLASH = 2
@@ -71,7 +73,7 @@ def find_transitions(frames: Iterable[np.ndarray]) -> list[Transition]:
     for rgb, offset, own in _chunks(frames):
         luma, hues = _look(rgb)
         jumps = _jumps(luma, hues)
-        is_cut = jumps - _near(jumps) > CUT
+        is_cut = _stand_out(jumps)
         cuts += [offset + t for t in np.flatnonzero(is_cut).tolist() if t in own]
         hits += [(sure, offset + t, offset + a, offset + b) for sure, t, a, b in _mixed(luma, is_cut) if t in own]
         kept.append(np.stack([jumps, *_blankness(luma, 0), *_blankness(luma, 255)])[:, own.start : own.stop])
@@ -179,10 +181,11 @@ def _jumps(luma: np.ndarray, hues: np.ndarray) -> np.ndarray:
     return jumps
 
 
-def _near(jumps: np.ndarray) -> np.ndarray:
-    """(T,): the largest jump in the NEAR frames before and after each."""
+def _stand_out(jumps: np.ndarray) -> np.ndarray:
+    """(T,): whether a jump exceeds all of the NEAR before and after it, or, by far, all but two, which are cuts too."""
     padded = np.pad(jumps, NEAR)
-    return np.max([padded[i : i + len(jumps)] for i in range(2 * NEAR + 1) if i != NEAR], axis=0)
+    near = np.sort([padded[i : i + len(jumps)] for i in range(2 * NEAR + 1) if i != NEAR], axis=0)
+    return (jumps - near[-1] > CUT) | (jumps - near[-3] > CUT_IN_HASTE)
 
 
 # ---------------------------------------------------------------------------------------------------------- dissolves

@@ -133,7 +133,7 @@ def load(weights: Path) -> TransNet:
             tensors = torch.load(weights, map_location="cpu", weights_only=True)
         model.load_state_dict(tensors)
     except Exception as error:  # each of torch's readers has its own
-        reason = str(error).splitlines()[0]
+        reason = " ".join(str(error).split())[:200]
         raise UserError(f"split.weights={weights}: not the weights of TransNet V2: {reason}") from error
     return model.eval()
 
@@ -145,13 +145,13 @@ def find_transitions(frames: Iterable[np.ndarray], model: TransNet) -> list[Tran
     wrong. The network finds the dissolves.
     """
     chances: list[np.ndarray] = []
-    found = shots.find_transitions(_watched(frames, model, chances))
+    found = shots.find_transitions(watched(frames, model, chances))
     sure = [one for one in found if one.kind != "dissolve"]
     middle, part = np.concatenate([*chances, np.zeros((2, 0))], axis=1)
     return untouched(sure + _dissolves(middle, part), len(middle))
 
 
-def _watched(frames: Iterable[np.ndarray], model: TransNet, chances: list[np.ndarray]) -> Iterator[np.ndarray]:
+def watched(frames: Iterable[np.ndarray], model: TransNet, chances: list[np.ndarray]) -> Iterator[np.ndarray]:
     """The frames as they come; what the network says of them, (2, frames) in all, is added to `chances`."""
     window: list[np.ndarray] = []
     count = 0

@@ -272,7 +272,7 @@ def vast_webp() -> bytes:
 
 
 def slow_jpeg(side: int, scans: int) -> bytes:
-    """A progressive jpeg of all black whose last scan comes again and again: some bytes each, and a pass over it all."""
+    """A black progressive jpeg whose last scan comes again and again: some bytes each, and a pass over all of it."""
     out = io.BytesIO()
     Image.new("L", (side, side)).save(out, "jpeg", progressive=True)
     data = out.getvalue()
@@ -377,9 +377,7 @@ def disguises(canary: Path, url: str) -> dict[str, bytes]:
         for name in ("hls", "concat", "hls http"):
             found[f"{name} behind {kind}.{kind}"] = head + b"\n" + playlists(canary, url)[name]
     lines = playlists(canary, url)["concat"].splitlines(keepends=True)
-    found["concat between packets.ts"] = b"".join(
-        (b"G" + b"# ".ljust(186) + b"\n") + line.ljust(188) for line in lines * 4
-    )
+    found["concat in packets.ts"] = b"".join(b"G" + line.rjust(187) for line in lines * 4)
     found["reference.mov"] = movie(reference=alias(canary))
     found["reference by url.mov"] = movie(reference=box(b"url ", numbers(0), f"{url}/dref.mov".encode() + b"\0"))
     return found
@@ -402,7 +400,7 @@ NAMES = [
     b"\xff\xfe not utf-8 \xe9.mp4",
     "\N{RIGHT-TO-LEFT OVERRIDE}4pm.mp4".encode(),
     b"<img src=x onerror=alert(1)>&lt;.mp4",
-    b"../".replace(b"/", b"\\") + b"up.mp4",
+    b"a\\..\\..\\up.mp4",
     b" .mp4",
     b"n" * 251 + b".mp4",
     b"http:/example.invalid/a.mp4",

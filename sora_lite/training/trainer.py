@@ -365,5 +365,6 @@ def make_loader(config: BaseTrainConfig, index: Index, objective: Objective, ran
         accumulation=config.parallel.accumulation,
         workers=data.workers,
         cache_bytes=data.cache_mb * 2**20,
+        decoder=data.decoder.value,
         pin=torch.device(rank.device).type == "cuda",
     )

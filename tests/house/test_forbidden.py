@@ -28,8 +28,9 @@ def unsafe_calls(path: Path) -> Iterator[tuple[int, str]]:
         for flag in ("shell", "allow_pickle"):
             if keywords.get(flag, "False") != "False":
                 yield call.lineno, f"{flag}={keywords[flag]}"
-        # Files of others are read by `sora-lite import` alone, and only their tensors.
-        imports_tensors = where.startswith("sora_lite/cli/import") and keywords.get("weights_only") == "True"
+        # Files of others are read in few places, and only their tensors.
+        readers = ("sora_lite/cli/import", "data_tools/transnet.py")
+        imports_tensors = where.startswith(readers) and keywords.get("weights_only") == "True"
         if name == "torch.save" or (name == "torch.load" and not imports_tensors):
             yield call.lineno, f"{name}(...)"
 

@@ -219,7 +219,7 @@ class _Shards:
             self._commit(split)
         if split not in self.writers:
             entries = [*self.manifest.shards, *self.manifest.pending]
-            number = 1 + max((int(one.path[len(split) + 1 :][:6]) for one in entries if one.split == split), default=-1)
+            number = 1 + max((int(one.path.partition("-")[2][:6]) for one in entries if one.split == split), default=-1)
             self.writers[split] = ShardWriter(self.folder / f"{split}-{number:06d}.tar", split)
         self.writers[split].add(sample)
 

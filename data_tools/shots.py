@@ -18,12 +18,12 @@ SIZE = (36, 64)
 """Height and width in pixels at which a video is best looked at."""
 CUT = 0.3
 """How much more than any change near it a cut changes, as `_unlike` measures it."""
-CUT_IN_HASTE = 0.7
+CUT_IN_HASTE = .8
 """The same where shots are so short that two other cuts are near it."""
 NEAR = 4
 """Frames before and after a cut that are looked at for other changes."""
-FLASH = 2
-"""A disturbance of so many frames is no cut."""
+FLASH, LONG_FLASH = 2, 6
+"""A disturbance of so many frames is no cut; in haste neither is one of so many."""
 SHIFT = 2
 """Pixels (of 18 x 32) that a patch may have moved, each way."""
 SPANS = (12, 20, 32, 44)
@@ -73,7 +73,7 @@ def find_transitions(frames: Iterable[np.ndarray]) -> list[Transition]:
     for rgb, offset, own in _chunks(frames):
         luma, hues = _look(rgb)
         jumps = _jumps(luma, hues)
-        is_cut = _stand_out(jumps)
+        is_cut = _cuts(luma, hues, jumps)
         cuts += [offset + t for t in np.flatnonzero(is_cut).tolist() if t in own]
         hits += [(sure, offset + t, offset + a, offset + b) for sure, t, a, b in _mixed(luma, is_cut) if t in own]
         kept.append(np.stack([jumps, *_blankness(luma, 0), *_blankness(luma, 255)])[:, own.start : own.stop])
@@ -169,23 +169,34 @@ def _unlike(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return 1 - likeness.mean((1, 2))
 
 
+def _change(luma: np.ndarray, hues: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """How much structure and colour differ between the frames numbered a and b: (n,) twice -> (n,)."""
+    return _unlike(luma[a], luma[b]) + 6 * np.abs(hues[a] - hues[b]).mean((1, 2, 3))
+
+
 def _jumps(luma: np.ndarray, hues: np.ndarray) -> np.ndarray:
     """(T,): change from frame t - 1 to t that lasts, the least between two frames around it at most FLASH + 1 apart."""
-    jumps = np.full(len(luma), np.inf, np.float32)
+    jumps, t = np.full(len(luma), np.inf, np.float32), np.arange(len(luma))
     jumps[:1] = 0
     for apart in range(1, min(FLASH + 2, len(luma))):
-        change = _unlike(luma[:-apart], luma[apart:]) + 6 * np.abs(hues[:-apart] - hues[apart:]).mean((1, 2, 3))
-        for t in range(1, apart + 1):
-            own = jumps[t : t + len(change)]
+        change = _change(luma, hues, t[:-apart], t[apart:])
+        for first in range(1, apart + 1):
+            own = jumps[first : first + len(change)]
             np.minimum(own, change, out=own)
     return jumps
 
 
-def _stand_out(jumps: np.ndarray) -> np.ndarray:
-    """(T,): whether a jump exceeds all of the NEAR before and after it, or, by far, all but two, which are cuts too."""
+def _cuts(luma: np.ndarray, hues: np.ndarray, jumps: np.ndarray) -> np.ndarray:
+    """(T,): whether a jump exceeds all of the NEAR before and after it, or by far all but two, which are cuts too."""
     padded = np.pad(jumps, NEAR)
     near = np.sort([padded[i : i + len(jumps)] for i in range(2 * NEAR + 1) if i != NEAR], axis=0)
-    return (jumps - near[-1] > CUT) | (jumps - near[-3] > CUT_IN_HASTE)
+    alone, haste = jumps - near[-1] > CUT, jumps - near[-3] > CUT_IN_HASTE
+    t = np.flatnonzero(haste & ~alone)
+    for apart in range(FLASH + 2, LONG_FLASH + 2):  # what lies between two jumps may be a longer flash
+        before, after = np.maximum(t - apart, 0), np.minimum(t - 1 + apart, len(luma) - 1)
+        t = t[(_change(luma, hues, t - 1, after) > CUT) & (_change(luma, hues, before, t) > CUT)]
+    alone[t] = True
+    return alone
 
 
 # ---------------------------------------------------------------------------------------------------------- dissolves

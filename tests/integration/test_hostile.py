@@ -164,7 +164,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, server: Server) -> Folder:
     add_damaged(folder, range(11))
     add_what_is_no_file(folder)
     rows = [
-        {"file_name": "canary.mp4", "caption": "x" * 2_000_000, "group": "\n\x1b[2J", "\x1b[31m": "\0\r\n"},
+        {"file_name": "canary.mp4", "caption": "x" * 900_000, "group": "\n\x1b[2J", "\x1b[31m": "\0\r\n"},
         {"file_name": "-i.mp4", "captions": ["a\nb", "\x1b]0;title\x07"], "extra": {"a": [1, {"b": "\u202e"}]}},
     ]
     folder.add("metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())

@@ -1,13 +1,19 @@
-"""`python -m benchmarks [decoding|packing|reading|step ...]`: print the tables, all by default. All in CPU time."""
+"""`python -m benchmarks [cuts|decoding|packing|reading|step ...]`: print the tables, all by default. All in CPU time."""
 
 import os
 import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
-from benchmarks import decoding, packing, reading, step
+from benchmarks import cuts, decoding, packing, reading, step
 
-TABLES = {"decoding": decoding.main, "packing": packing.main, "reading": reading.main, "step": step.main}
+TABLES = {
+    "cuts": cuts.main,
+    "decoding": decoding.main,
+    "packing": packing.main,
+    "reading": reading.main,
+    "step": step.main,
+}
 
 
 def main(names: list[str]) -> int:

@@ -18,7 +18,7 @@ SIZE = (36, 64)
 """Height and width in pixels at which a video is best looked at."""
 CUT = 0.3
 """How much more than any change near it a cut changes, as `_unlike` measures it."""
-CUT_IN_HASTE = .8
+CUT_IN_HASTE = 0.7
 """The same where shots are so short that two other cuts are near it."""
 NEAR = 4
 """Frames before and after a cut that are looked at for other changes."""
@@ -189,8 +189,10 @@ def _jumps(luma: np.ndarray, hues: np.ndarray) -> np.ndarray:
 def _cuts(luma: np.ndarray, hues: np.ndarray, jumps: np.ndarray) -> np.ndarray:
     """(T,): whether a jump exceeds all of the NEAR before and after it, or by far all but two, which are cuts too."""
     padded = np.pad(jumps, NEAR)
-    near = np.sort([padded[i : i + len(jumps)] for i in range(2 * NEAR + 1) if i != NEAR], axis=0)
-    alone, haste = jumps - near[-1] > CUT, jumps - near[-3] > CUT_IN_HASTE
+    near = np.stack([padded[i : i + len(jumps)] for i in range(2 * NEAR + 1) if i != NEAR])
+    alone = jumps - near.max(0) > CUT
+    closest, third = near[NEAR - FLASH : NEAR + FLASH].max(0), np.sort(near, axis=0)[-3]
+    haste = jumps - np.maximum(closest, third) > CUT_IN_HASTE
     t = np.flatnonzero(haste & ~alone)
     for apart in range(FLASH + 2, LONG_FLASH + 2):  # what lies between two jumps may be a longer flash
         before, after = np.maximum(t - apart, 0), np.minimum(t - 1 + apart, len(luma) - 1)

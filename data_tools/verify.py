@@ -89,6 +89,7 @@ def _check_sample(reader: ShardReader, row: dict[str, Any]) -> str:
         meta = reader.read_json(row["json_offset"], row["json_size"], row["json_crc32c"])
         facts = probe(media, beat=beat)
         promised = (meta["frames"], meta["height"], meta["width"], 3), meta["fps"], meta["source"]["sha256"][:16]
+        captions, label = list(meta.get("captions", [])), meta.get("label", 0)
     except (KeyError, TypeError) as error:
         return f"its JSON lacks what it must hold ({type(error).__name__}: {error})"
     except (DamagedSample, BadVideo, ValueError, OSError, OverflowError) as error:
@@ -96,4 +97,6 @@ def _check_sample(reader: ShardReader, row: dict[str, Any]) -> str:
     shape = (row["frames"], row["height"], row["width"], 3)
     if (facts.frames, facts.height, facts.width, 3) != shape:
         return f"decodes to {(facts.frames, facts.height, facts.width, 3)}, the index says {shape}"
+    if not isinstance(label, int) or not all(isinstance(caption, str) for caption in captions):
+        return "its captions are no texts, or its label is no number"
     return "" if promised == (shape, row["fps"], row["source"]) else "its JSON and the index differ"

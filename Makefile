@@ -61,7 +61,7 @@ format: $(STAMP)  ## format and fix what can be fixed
 	$(BIN)/ruff format .
 
 .PHONY: bench
-bench: $(STAMP)  ## measure against the plain way to do the same: reading shards, optimizer steps
+bench: $(STAMP)  ## measure against the plain way to do the same: packing, cuts, decoding, reading, steps
 	$(BIN)/python -m benchmarks $(ARGS)
 
 .PHONY: wheel

@@ -1,4 +1,4 @@
-"""`python -m benchmarks [cuts|decoding|packing|reading|step ...]`: print the tables, all by default. All in CPU time."""
+"""`python -m benchmarks [cuts|decoding|packing|reading|step ...]`: print tables, all by default, in CPU time."""
 
 import os
 import sys

@@ -102,12 +102,17 @@ def _call(verb: str, words: list[str], rest: list[str]) -> None:
             from data_tools.job import Job
 
             job = Job.resume(last, rest)
-            with job.alone():
-                {"list": quarantine.show, "retry": quarantine.retry}[words[0]](job)
+            if words[0] == "list":
+                quarantine.show(job)
+            else:
+                with job.alone():
+                    quarantine.retry(job)
         case "remove" | "compact":
             from data_tools import takedown
             from data_tools.job import locked
+            from sora_lite.data.shards import Manifest
 
+            Manifest.load(last)  # before a folder is made for a lock
             with locked(last):
                 takedown.remove(last, rest) if verb == "remove" else takedown.compact(last)
         case "digits":
@@ -130,6 +135,7 @@ def _stage(verb: str, words: list[str], folder: Path, settings: DataConfig, rest
     with job.alone():
         if begins:
             job.list_sources(words[0])
+        job.save_settings()
         if verb == "report":
             print(f"{report.write(job, job.run('dedupe', ()))}: open it in a browser")
             return

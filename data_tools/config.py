@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
@@ -91,7 +92,8 @@ class SplitConfig:
     """Shots, and the clips that are cut from each of them."""
 
     detector: Detector = Detector.luma
-    """luma: cuts and fades from small pictures. transnet: TransNetV2, which finds dissolves too. none: one shot."""
+    """luma: cuts, fades and most dissolves, from small pictures. transnet: with a network that finds more dissolves, ten
+    times as slow. none: every file is one shot."""
     weights: str | None = None
     """File with TransNetV2's weights, for split.detector=transnet."""
     fps: float | None = None
@@ -245,7 +247,7 @@ class DataConfig:
             (self.probe.max_megapixels > 0, "probe.max_megapixels", "must be above 0"),
             (self.probe.max_frames >= 1, "probe.max_frames", "must be at least 1"),
             (split.fps is None or 0 < split.fps <= 1000, "split.fps", "must lie in (0, 1000]"),
-            (split.clip_seconds > 0, "split.clip_seconds", "must be above 0"),
+            (0 < split.clip_seconds < math.inf, "split.clip_seconds", "must be above 0, and a number"),
             (split.min_frames >= 1, "split.min_frames", "must be at least 1"),
             (
                 split.clip_frames is None or split.clip_frames >= split.min_frames,
@@ -257,7 +259,7 @@ class DataConfig:
                 "split.weights",
                 "split.detector=transnet needs the file of its weights",
             ),
-            (self.score.fps > 0, "score.fps", "must be above 0"),
+            (0 < self.score.fps <= 1000, "score.fps", "must lie in (0, 1000]"),
             (0 <= self.dedupe.distance <= 16, "dedupe.distance", "must lie in [0, 16]"),
             (0 < self.dedupe.overlap <= 1, "dedupe.overlap", "must lie in (0, 1]"),
             (
@@ -272,6 +274,8 @@ class DataConfig:
             ),
             (self.caption.count >= 1, "caption.count", "must be at least 1"),
             (self.caption.frames >= 1, "caption.frames", "must be at least 1"),
+            (self.caption.side >= 16, "caption.side", "must be at least 16"),
+            (0 < self.caption.timeout_seconds < math.inf, "caption.timeout_seconds", "must be above 0, and a number"),
             (self.caption.concurrency >= 1, "caption.concurrency", "must be at least 1"),
             (pack.max_side is None or pack.max_side >= 16, "pack.max_side", "must be at least 16"),
             (0 <= pack.crf <= 51, "pack.crf", "must lie in [0, 51]"),
@@ -282,6 +286,7 @@ class DataConfig:
             (self.stall_seconds > 0, "stall_seconds", "must be above 0"),
             (self.memory_mb >= 64, "memory_mb", "must be at least 64"),
             (self.slurm.tasks >= 1, "slurm.tasks", "must be at least 1"),
+            (self.slurm.cpus_per_task >= 1, "slurm.cpus_per_task", "must be at least 1"),
         ]
         for holds, key, rule in rules:
             if not holds:
@@ -344,9 +349,21 @@ def parse(schema: type[Settings], overrides: list[str], base: dict[str, Any] | N
             merged = OmegaConf.merge(merged, base)
         for path in files:
             merged = OmegaConf.merge(merged, _read_yaml(path, names))
-        return OmegaConf.to_object(OmegaConf.merge(merged, OmegaConf.from_dotlist(words)))  # type: ignore[return-value]
+        for word in words:
+            merged = OmegaConf.merge(merged, _from_word(word))
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key or 'settings'}: {str(error).splitlines()[0]}") from None
+
+
+def _from_word(word: str) -> Any:
+    try:
+        return OmegaConf.from_dotlist([word])
+    except OmegaConfBaseException:
+        raise
+    except Exception as error:  # noqa: BLE001 - the errors of the YAML parser, which is not named elsewhere
+        why = " ".join(str(error).split())
+        raise UserError(f"{word}: cannot be read ({why}); close its brackets, or put its text in quotes.") from None
 
 
 def leaves(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:

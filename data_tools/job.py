@@ -3,7 +3,7 @@
 import fcntl
 import json
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,7 +19,7 @@ from data_tools.pool import Function
 from data_tools.sources import SOURCES_SCHEMA, Source, find_sources
 from data_tools.state import Table, Unit, complete, stage_hash
 from sora_lite.data.index import Index
-from sora_lite.data.shards import MANIFEST, Manifest, ShardReader, replace_file
+from sora_lite.data.shards import MANIFEST, DamagedSample, Manifest, ShardReader, replace_file
 from sora_lite.errors import UserError
 
 STAGES = ("probe", "split", "score", "filter", "dedupe", "caption", "pack")
@@ -47,14 +47,14 @@ class Job:
 
     def __init__(self, folder: Path, config: DataConfig) -> None:
         self.folder, self.config = folder, config
-        self.work = (Path(config.work) if config.work else folder / ".work").absolute()
+        self.own = folder / ".work"
+        """What is of this folder alone: settings, sources."""
+        self.work = (Path(config.work) if config.work else self.own).absolute()
 
     @classmethod
     def resume(cls, folder: Path, overrides: list[str]) -> Self:
         """With the settings that an earlier call left, changed by `overrides`. Raises UserError if there are none."""
-        # where the settings lie is the only one that has to be said again
-        work = parse(DataConfig, [word for word in overrides if word.startswith("work=")]).work
-        path = (Path(work) if work else folder / ".work") / "settings.json"
+        path = folder / ".work" / "settings.json"
         try:
             saved = json.loads(path.read_bytes())
         except FileNotFoundError:
@@ -67,12 +67,17 @@ class Job:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Keep a second call out of both folders, and leave the settings for the next one."""
-        with locked(self.folder), locked(self.work):
+        """Keep a second call out of all folders."""
+        with ExitStack() as stack:
+            for folder in sorted({path.absolute() for path in (self.folder, self.own, self.work)}):
+                stack.enter_context(locked(folder))
             for leftover in self.work.rglob("*.partial"):
                 leftover.unlink(missing_ok=True)
-            replace_file(self.work / "settings.json", json.dumps(plain(self.config), indent=1).encode() + b"\n")
             yield
+
+    def save_settings(self) -> None:
+        """Leave them for the stages that are called alone."""
+        replace_file(self.own / "settings.json", json.dumps(plain(self.config), indent=1).encode() + b"\n")
 
     def table(self, stage: str) -> Table:
         """The rows of a stage under the present settings."""
@@ -86,7 +91,7 @@ class Job:
         table = pa.Table.from_pylist([source.to_row() for source in sources], schema=SOURCES_SCHEMA)
         content = pa.BufferOutputStream()
         pq.write_table(table, content, compression="zstd")
-        replace_file(self.work / "sources.parquet", content.getvalue().to_pybytes())
+        replace_file(self.own / "sources.parquet", content.getvalue().to_pybytes())
 
     def run(self, upto: str, wanted: Collection[str] = STAGES) -> Plan:
         """Go through the stages as far as `upto`, doing what is missing of those that are wanted; return the plan.
@@ -97,21 +102,20 @@ class Job:
             self._manifest()  # before hours of work that would be in vain
         packed = self.packed()
         sources = self.sources()
-        rows = self._rows(
-            "probe", [probe.probe_unit(one, self.config.probe) for one in sources if not one.reason], wanted
-        )
-        plan = planning.choose(sources, rows, packed, self.config)
+        units = {one.name: probe.probe_unit(one, self.config.probe) for one in sources if not one.reason}
+        rows = self._rows("probe", list(units.values()), wanted)
+        keys = {name: unit.keys[0] for name, unit in units.items()}
+        plan = planning.choose(sources, keys, rows, packed, self.config)
         if upto == "probe":
             return plan
-        units = [split.shots_unit(source, one, self.config.split) for source, one in plan.good]
-        planning.cut(plan, self._rows("split", units, wanted), packed, self.config)
+        shots = [split.shots_unit(source, one, self.config.split) for source, one in plan.good]
+        planning.cut(plan, self._rows("split", shots, wanted), packed, self.config)
         if upto == "split":
             return plan
         alive = [
             clip for clip in plan.clips if (fate := plan.clip_fates.get(clip.key)) is None or fate.kind == "packed"
         ]
-        units = list(look.score_units(split.stretches(alive), self.config.score))
-        scores = self._rows("score", units, wanted)
+        scores = self._rows("score", list(look.score_units(split.stretches(alive), self.config.score)), wanted)
         if upto == "score":
             return plan
         planning.sieve(plan, scores, self.config)
@@ -119,6 +123,8 @@ class Job:
             return plan
         planning.thin(plan, packed, self.config)
         if upto == "dedupe":
+            for stage in ("caption", "encode"):  # as far as they came in earlier calls
+                planning.quarantine(plan, self.table(stage).read(), stage)
             return plan
         captions = self._captions(plan, wanted)
         if upto == "pack":
@@ -130,9 +136,10 @@ class Job:
         left = plan.left()
         if self.config.caption.source is CaptionSource.metadata:
             return {clip.key: clip.media.source.row.captions for clip in left}
-        units = list(look.caption_units(split.stretches(left), self.config.caption))
-        rows = self._rows("caption", units, wanted)
-        planning.caption(plan, rows)
+        done = self.table("caption").keys()
+        missing = split.stretches(clip for clip in left if clip.key not in done)
+        rows = self._rows("caption", list(look.caption_units(missing, self.config.caption)), wanted)
+        planning.quarantine(plan, rows, "caption")
         return {clip.key: rows[clip.key]["captions"] for clip in plan.left()}
 
     def _pack(self, plan: Plan, captions: dict[str, list[str]]) -> None:
@@ -182,7 +189,7 @@ class Job:
 
     def sources(self) -> list[Source]:
         """The list that the last call with VIDEOS made."""
-        path = self.work / "sources.parquet"
+        path = self.own / "sources.parquet"
         if not path.exists():
             raise UserError(f"{path}: not found; begin with `sora-data run VIDEOS {self.folder}`.")
         return [Source.from_row(row) for row in pq.read_table(path, schema=SOURCES_SCHEMA).to_pylist()]
@@ -194,6 +201,7 @@ class Job:
             return found
         manifest = Manifest.load(self.folder)
         found.removed_keys, found.removed_sources = set(manifest.removed_keys), set(manifest.removed_sources)
+        found.removed_frames = set(manifest.removed_frames)
         if not manifest.shards:
             return found
         with tqdm(total=sum(manifest.splits.values()), desc="shards so far", unit="clip", mininterval=0.5) as bar:
@@ -202,13 +210,16 @@ class Job:
                 for number, path in enumerate(index.shard_paths):
                     with ShardReader(path) as reader:
                         for i in (index.shard == number).nonzero()[0]:
-                            _remember(found, split_name, str(index.keys[i]), _meta(reader, index, int(i)))
+                            _remember(found, split_name, str(index.keys[i]), self._meta(reader, index, int(i)))
                             bar.update()
         return found
 
-
-def _meta(reader: ShardReader, index: Index, i: int) -> dict[str, Any]:
-    return reader.read_json(int(index.json_offset[i]), int(index.json_size[i]), int(index.json_crc32c[i]))
+    def _meta(self, reader: ShardReader, index: Index, i: int) -> dict[str, Any]:
+        try:
+            return reader.read_json(int(index.json_offset[i]), int(index.json_size[i]), int(index.json_crc32c[i]))
+        except DamagedSample as error:
+            cure = f"restore this shard (`sora-data verify {self.folder}` lists all that is wrong)"
+            raise UserError(f"{self.folder}: {error}; {cure}.") from None
 
 
 def _remember(found: Packed, split_name: str, key: str, meta: dict[str, Any]) -> None:
@@ -216,14 +227,20 @@ def _remember(found: Packed, split_name: str, key: str, meta: dict[str, Any]) ->
     found.clips[key] = split_name
     found.sources[source] = split_name
     found.frames[meta["source"]["frames_hash"]] = source
+    if "group" in meta:
+        found.groups[source] = meta["group"]
     found.phashes[key] = [int(text, 16) for text in meta.get("phash", [])]
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Create a folder and keep a second call out of it; the kernel drops the lock with the process."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written to ({error.strerror}); name another folder.") from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

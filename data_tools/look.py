@@ -23,7 +23,7 @@ from sora_lite.data.video import BadVideo, Limits, VideoFacts, read_frames
 SCORE_SCHEMA = pa.schema(
     [(name, pa.float64()) for name in SCORES] + [("crop", pa.list_(pa.int32())), ("phash", pa.list_(pa.uint64()))]
 )
-"""A score that was not measured is null. crop: top, left, height, width in stored pixels."""
+"""A score that was not measured is null. crop: top, left, height, width of the upright picture."""
 CAPTION_SCHEMA = pa.schema([("captions", pa.list_(pa.string()))])
 
 

@@ -18,7 +18,7 @@ import google_crc32c
 from tqdm import tqdm
 
 from data_tools.config import DataConfig, Executor
-from data_tools.plan import Fate, Plan, Rows, clip_size, crop_box, cropped, meta
+from data_tools.plan import Plan, Rows, clip_size, crop_box, cropped, meta, quarantine
 from data_tools.pool import Rows as WorkRows
 from data_tools.pool import Task, beat
 from data_tools.sources import open_source
@@ -157,7 +157,9 @@ def pack(
         leftover.unlink()
     parts = Parts(table.folder / PARTS)
     failed = {key: row["reason"] for key, row in table.read().items() if row["reason"]}
+    _reconsider(manifest, plan, folder)
     shards = _Shards(folder, manifest, parts, config)
+    parts.drop([key for key in parts.places if key in shards.committed])
     clips = [clip for clip in plan.left() if clip.key not in shards.committed]
     missing = [clip for clip in clips if clip.key not in failed and clip.key not in parts]
     todo = units(missing, plan.scores, parts.folder, config)
@@ -185,9 +187,20 @@ def pack(
         finally:
             encoded.close()
             shards.discard()
-    for clip in plan.left():
-        if clip.key in failed:
-            plan.clip_fates[clip.key] = Fate(kind="quarantined", reason=failed[clip.key], stage="encode")
+    quarantine(plan, table.read(), "encode")
+    packed = {key for entry in manifest.pending for key in read_index(folder, entry)["key"].to_pylist()}
+    if packed != {clip.key for clip in plan.left()}:
+        raise RuntimeError(f"{folder}: what was packed is not what was planned")
+
+
+def _reconsider(manifest: Manifest, plan: Plan, folder: Path) -> None:
+    """Give up pending shards that hold what the plan has elsewhere or nowhere: sources changed since they were made."""
+    wanted = {clip.key: plan.splits[clip.media.sha256] for clip in plan.left()}
+    for entry in manifest.pending:
+        if any(wanted.get(key) != entry.split for key in read_index(folder, entry)["key"].to_pylist()):
+            manifest.pending = []
+            manifest.save(folder)
+            return
 
 
 def _encoded(

@@ -13,7 +13,7 @@ import numpy as np
 
 from data_tools import dedupe, filters
 from data_tools.config import SCORES, DataConfig
-from data_tools.probe import Probed, limits_of, probe_key
+from data_tools.probe import Probed, limits_of
 from data_tools.score import SCORER_VERSION
 from data_tools.sources import Source
 from data_tools.split import Clip, Media, clip_size, held_out, tile
@@ -51,10 +51,14 @@ class Packed:
     """First 16 hex digits of a source's hash -> split."""
     frames: dict[str, str] = field(default_factory=dict)
     """Hash of all frames of a source -> first 16 hex digits of the source's hash."""
+    groups: dict[str, str] = field(default_factory=dict)
+    """First 16 hex digits of a source's hash -> its group, if it has one."""
     phashes: dict[str, list[int]] = field(default_factory=dict)
     """Key -> perceptual hashes."""
     removed_keys: set[str] = field(default_factory=set)
     removed_sources: set[str] = field(default_factory=set)
+    removed_frames: set[str] = field(default_factory=set)
+    """Hashes of all frames of sources that were taken down: their copies are not packed either."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -108,13 +112,16 @@ class Plan:
         return counts
 
 
-def choose(sources: list[Source], probed: Rows, packed: Packed, config: DataConfig) -> Plan:
-    """Sources that can be read, each once; clips come later. Files of equal bytes or equal frames count once."""
+def choose(sources: list[Source], keys: dict[str, str], probed: Rows, packed: Packed, config: DataConfig) -> Plan:
+    """Sources that can be read, each once; clips come later. Files of equal bytes or equal frames count once.
+
+    keys: name of a source -> key of its row in `probed`.
+    """
     plan = Plan(sources=sources)
     good: list[tuple[Source, Probed]] = []
     limits = limits_of(config.probe)
     for source in sources:
-        row = {"reason": source.reason} if source.reason else probed[probe_key(source)]
+        row = {"reason": source.reason} if source.reason else probed[keys[source.name]]
         if row["reason"]:
             plan.source_fates[source.name] = Fate(kind="quarantined", reason=row["reason"], stage="probe")
         else:
@@ -127,7 +134,7 @@ def choose(sources: list[Source], probed: Rows, packed: Packed, config: DataConf
         elsewhere = packed.frames.get(one.row["frames_hash"], one.sha256[:16])
         flags = [name for name in ("hdr", "interlaced", "variable_rate") if one.row[name]]
         unwanted = [name for name in flags if name not in {flag.name for flag in config.filter.keep_flagged}]
-        if one.sha256[:16] in packed.removed_sources:
+        if one.sha256[:16] in packed.removed_sources or one.row["frames_hash"] in packed.removed_frames:
             fate = Fate(kind="removed", reason="was taken down")
         elif same_file is not None:
             fate = Fate(kind="duplicate", reason=f"has the same bytes as {same_file}", stage="dedupe")
@@ -246,6 +253,8 @@ def _assign(plan: Plan, clusters: dict[str, int], packed: Packed, config: DataCo
         join(f"source {media.sha256[:16]}", f"source {media.sha256[:16]}")
         if media.source.row.group is not None:
             join(f"source {media.sha256[:16]}", f"group {media.source.row.group}")
+    for source, group in packed.groups.items():
+        join(f"source {source}", f"group {group}")
     for key, cluster in clusters.items():
         join(f"source {key[:16]}", f"cluster {cluster}")
 
@@ -254,14 +263,14 @@ def _assign(plan: Plan, clusters: dict[str, int], packed: Packed, config: DataCo
         settled.setdefault(root(f"source {source}"), set()).add(split)
     # named by the user's groups or the files' content, so that the split is the same wherever the files lie
     names: dict[str, str] = {}
-    for media in plan.media:
+    for media in {clip.media.sha256: clip.media for clip in plan.left()}.values():
         place, name = root(f"source {media.sha256[:16]}"), media.source.row.group or media.sha256
         names[place] = min(name, names.get(place, name))
     fresh = {name for place, name in names.items() if place not in settled}
     held = held_out(fresh, config.validation_fraction, at_least_one=not packed.sources)
     for media in plan.media:
         place = root(f"source {media.sha256[:16]}")
-        splits = settled.get(place, {"validation" if names[place] in held else "train"})
+        splits = settled.get(place, {"validation" if names.get(place) in held else "train"})
         if (own := packed.sources.get(media.sha256[:16])) is not None:
             splits = {own}
         if len(splits) > 1:
@@ -270,11 +279,11 @@ def _assign(plan: Plan, clusters: dict[str, int], packed: Packed, config: DataCo
         plan.splits[media.sha256] = min(splits)
 
 
-def caption(plan: Plan, rows: Rows) -> None:
-    """Quarantine the clips that could not be captioned."""
+def quarantine(plan: Plan, rows: Rows, stage: str) -> None:
+    """Quarantine the clips that a stage could do nothing with."""
     for clip in plan.left():
         if clip.key in rows and rows[clip.key]["reason"]:
-            plan.clip_fates[clip.key] = Fate(kind="quarantined", reason=rows[clip.key]["reason"], stage="caption")
+            plan.clip_fates[clip.key] = Fate(kind="quarantined", reason=rows[clip.key]["reason"], stage=stage)
 
 
 def finish(plan: Plan) -> None:
@@ -302,7 +311,7 @@ def cropped(row: Row, media: Media, config: DataConfig) -> tuple[int, int] | Non
 
 
 def crop_box(row: Row, media: Media, config: DataConfig) -> Box | None:
-    """What is left of a clip's picture without bars, in pixels as they are stored; None if there are none."""
+    """What is left of a clip's upright picture without bars, in its own pixels; None if there are no bars."""
     if not config.pack.crop or media.still or row["crop"] is None:
         return None
     top, left, height, width = row["crop"]

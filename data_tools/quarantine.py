@@ -21,7 +21,10 @@ class Held:
 
 def held(job: Job) -> Iterator[Held]:
     """Everything in quarantine under the present settings."""
-    names = {probe_key(source): source.name for source in job.sources()}
+    for source in job.sources():
+        if source.reason:
+            yield Held(stage="probe", name=source.name, reason=source.reason, key="")
+    names = {probe_key(source): source.name for source in job.sources() if not source.reason}
     for stage in SCHEMAS:
         for key, row in job.table(stage).read().items():
             if stage == "probe" and key in names and not row["reason"]:

@@ -1,7 +1,7 @@
 """What the stages found, as Parquet tables in the work folder, and the one way in which a stage's missing work is done.
 
-    WORK/settings.json              the settings in force
-    WORK/sources.parquet            the list of sources
+    SHARDS/.work/settings.json      the settings in force
+    SHARDS/.work/sources.parquet    the list of sources
     WORK/STAGE/HASH/*.parquet       rows with a key and, where there is nothing else to say, a reason
     WORK/encode/HASH/parts/*.tar    encoded clips that are in no shard yet
 
@@ -42,8 +42,10 @@ def stage_hash(config: DataConfig, stage: str) -> str:
         "split": {name: settings["split"][name] for name in SHOT_SETTINGS},
         "encode": {name: settings["pack"][name] for name in ENCODE_SETTINGS},
     }.get(stage) or settings[stage]
+    # a clip's key does not say at which rate its frames were taken
+    tiling = {"score": settings["split"]["fps"], "caption": settings["split"]["fps"], "encode": settings["split"]}
     parent = PARENTS[stage]
-    return digest([stage, VERSIONS[stage], own, parent and stage_hash(config, parent)])[:16]
+    return digest([stage, VERSIONS[stage], own, tiling.get(stage), parent and stage_hash(config, parent)])[:16]
 
 
 @dataclass(kw_only=True, slots=True)

@@ -24,12 +24,27 @@ def remove(folder: Path, names: list[str]) -> None:
             f"{unknown[0]}: {folder} holds no clip and no source of this name; a clip's key is its file's name in the "
             "shard, a source's are the 16 digits that its clips' keys begin with."
         )
+    frames = {_frames_hash(folder, entry, source) for entry in manifest.shards for source in names if source in sources}
+    manifest.removed_frames = sorted({*manifest.removed_frames, *(one for one in frames if one)})
     manifest.removed_keys = sorted({*manifest.removed_keys, *(name for name in names if name in keys)})
     manifest.removed_sources = sorted({*manifest.removed_sources, *(name for name in names if name in sources)})
     before = sum(manifest.splits.values())
     manifest.save(folder)
     left = sum(len(Index.load(folder, split)) for split in manifest.splits)
     print(f"{folder}: {before - left} of {before} clips are taken down; `sora-data compact {folder}` frees their space")
+
+
+def _frames_hash(folder: Path, entry: ShardEntry, source: str) -> str:
+    """Of a source with a sample in the shard; empty if it has none there."""
+    for row in read_index(folder, entry).to_pylist():
+        if row["source"] == source:
+            with ShardReader(folder / entry.path) as reader:
+                try:
+                    meta = reader.read_json(row["json_offset"], row["json_size"], row["json_crc32c"])
+                    return str(meta["source"].get("frames_hash", ""))
+                except (DamagedSample, KeyError, AttributeError):
+                    continue  # the next clip of it says the same
+    return ""
 
 
 def compact(folder: Path) -> None:

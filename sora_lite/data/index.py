@@ -63,10 +63,9 @@ class Index:
         return len(self.keys)
 
     @classmethod
-    def load(cls, folder: Path, split: str, *, with_removed: bool = False) -> Self:
+    def load(cls, folder: Path, split: str) -> Self:
         """Read the index of one split ("train" or "validation"); a split that holds nothing gives an empty index.
 
-        with_removed: whether samples that were taken down are in it.
         Raises UserError, with the file and the cure, if the manifest, a shard or an index is missing, if one is not
         as the manifest says, or if packing has not finished.
         """
@@ -81,8 +80,6 @@ class Index:
             columns[new] = columns.pop(old).astype(np.str_)
         columns["shard"] = np.repeat(np.arange(len(entries), dtype=np.int32), [entry.samples for entry in entries])
         gone = np.isin(columns["keys"], manifest.removed_keys) | np.isin(columns["source"], manifest.removed_sources)
-        if with_removed:
-            gone[:] = False
         return cls(
             shard_paths=[folder / entry.path for entry in entries],
             shard_sha256=[entry.sha256 for entry in entries],

@@ -104,6 +104,8 @@ class Manifest:
     """Shards of a packing that has not ended yet. They join `shards` all together, so readers never see a part."""
     removed_sources: list[str] = field(default_factory=list)
     """Sources that were taken down (first 16 hex digits of their SHA-256). Readers leave their samples out."""
+    removed_frames: list[str] = field(default_factory=list)
+    """Their `frames_hash`, by which copies of them are known."""
     removed_keys: list[str] = field(default_factory=list)
     """Samples that were taken down."""
     counts: dict[str, int] = field(default_factory=dict)

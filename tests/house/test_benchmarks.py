@@ -13,6 +13,7 @@ from project_tree import ROOT
     [
         ("reading", ("webdataset", "sora_lite")),
         ("step", ("ZeRO 0", "ZeRO 3")),
+        ("cuts", ("detector=luma", "detector=transnet")),
         ("packing", ("sora_lite", "together")),
         ("decoding", ("plain PyAV", "decoder=pyav")),
     ],

@@ -468,6 +468,108 @@ def test_quarantine_is_listed_and_tried_again(videos: Path, tmp_path: Path, caps
     assert "6 in quarantine" in capsys.readouterr().out
 
 
+def killed_while_packing(*words: object) -> None:
+    """Run until the first shard is committed, then kill -9."""
+    manifest = Path(str(words[2])) / "manifest.json"
+    job = start(*words)
+    while job.poll() is None and not (manifest.exists() and json.loads(manifest.read_text())["pending"]):
+        time.sleep(0.002)
+    job.kill()
+    job.wait()
+    assert json.loads(manifest.read_text())["pending"], "it ended before it could be killed"
+
+
+def test_sources_that_change_after_a_kill_leak_nothing(many: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
+    """The one source that is held out, as nothing else is, may be another one with more sources."""
+    videos, _ = many
+    (tmp_path / "v").mkdir()
+    for path in sorted(videos.iterdir())[:8]:
+        shutil.copy2(path, tmp_path / "v")
+    words = ("run", tmp_path / "v", tmp_path / "s", "pack.shard_mb=1", "split.clip_frames=17", "split.detector=none")
+    words += ("validation_fraction=0.000001", "pack.crf=10", "pack.preset=ultrafast", "workers=0")
+    killed_while_packing(*words)
+    for path in sorted(videos.iterdir())[8:]:
+        shutil.copy2(path, tmp_path / "v")
+    assert sora_data(*words) == 0
+    assert sora_data("verify", tmp_path / "s", "workers=0") == 0
+    assert {name for name, _ in records(tmp_path / "s")} == {path.name for path in videos.iterdir()}
+
+
+def test_another_rate_after_a_kill_packs_the_right_frames(tmp_path: Path) -> None:
+    (tmp_path / "v").mkdir()
+    for i in range(8):
+        write_mp4(tmp_path / "v" / f"{i}.mp4", noise(i, frames=64), 24, crf=4)
+    words = ("run", tmp_path / "v", tmp_path / "s", "split.clip_frames=64", "split.min_frames=2", "pack.crf=4")
+    words += ("split.detector=none", "pack.shard_mb=1", "workers=0")
+    killed_while_packing(*words, "split.fps=24")
+    (tmp_path / "s" / "manifest.json").unlink()  # as if it had been killed before the first shard
+    assert sora_data(*words, "split.fps=8") == 0
+    assert sora_data("verify", tmp_path / "s", "workers=0") == 0
+    assert (
+        not list((tmp_path / "s" / ".work").glob("encode/*/parts/*.tar"))
+        or len(list((tmp_path / "s" / ".work").glob("encode/*"))) == 2
+    )
+
+
+def test_groups_and_what_was_taken_down_are_remembered(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """By later runs that list none of the sources that are in the shards already."""
+    words = (tmp_path / "s", "split.detector=none", "validation_fraction=0.3", "workers=0", "pack.preset=ultrafast")
+    for turn in range(2):
+        folder = tmp_path / f"{turn}"
+        folder.mkdir()
+        rows = []
+        for i in range(6):
+            write_mp4(folder / f"{turn}_{i}.mp4", noise(10 * turn + i), 8, crf=30)
+            rows.append(json.dumps({"file_name": f"{turn}_{i}.mp4", "group": f"g{i}"}) + "\n")
+        (folder / "metadata.jsonl").write_text("".join(rows))
+        assert sora_data("run", folder, *words) == 0
+    sides = {
+        split: {meta["group"] for _, meta in samples_of(tmp_path / "s", split).values()}
+        for split in ("train", "validation")
+    }
+    assert sides["train"] and sides["validation"] and not sides["train"] & sides["validation"]
+
+    _, meta = next(iter(samples_of(tmp_path / "s", "train").values()))
+    name = meta["source"]["id"]
+    assert sora_data("remove", tmp_path / "s", meta["source"]["sha256"][:16]) == 0
+    (tmp_path / "twin").mkdir()
+    with av.open(str(tmp_path / name[0] / name)) as old, av.open(str(tmp_path / "twin" / "a.mkv"), "w") as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for packet in old.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                new.mux(packet)
+    write_mp4(tmp_path / "twin" / "b.mp4", noise(99), 8, crf=30)
+    assert sora_data("run", tmp_path / "twin", *words) == 0
+    counts = Manifest.load(tmp_path / "s").counts
+    assert (counts["sources_removed"], counts["sources_packed"]) == (1, 1)
+
+
+def test_what_cannot_be_captioned_stays_in_the_report(tmp_path: Path) -> None:
+    (tmp_path / "v").mkdir()
+    for i in range(3):
+        write_mp4(tmp_path / "v" / f"{i}.mp4", noise(i), 8, crf=30)
+    (tmp_path / "v" / "0.txt").write_text("one caption\n")
+    (tmp_path / "v" / "1.json").write_text("{")
+    assert sora_data("run", tmp_path / "v", tmp_path / "s", "caption.source=sidecar", "workers=0") == 0
+    after_run = (tmp_path / "s" / "report.json").read_text()
+    assert "is not JSON" in after_run
+    assert sora_data("report", tmp_path / "s", "workers=0") == 0
+    assert json.loads((tmp_path / "s" / "report.json").read_text())["clips"] == json.loads(after_run)["clips"]
+
+
+def test_folders_that_share_their_work_stay_apart(videos: Path, tmp_path: Path) -> None:
+    words = ("validation_fraction=0", "workers=0", *PLAIN)
+    assert sora_data("run", videos, tmp_path / "a", *words) == 0
+    before = (tmp_path / "a" / "report.json").read_text()
+    (tmp_path / "other").mkdir()
+    write_mp4(tmp_path / "other" / "new.mp4", stamped(30), 8)
+    work = f"work={tmp_path / 'a' / '.work'}"
+    assert sora_data("run", tmp_path / "other", tmp_path / "b", *words, work, "pack.max_side=24") == 0
+    assert sora_data("report", tmp_path / "a") == 0 and sora_data("pack", tmp_path / "a") == 0
+    assert (tmp_path / "a" / "report.json").read_text() == before
+
+
 # ------------------------------------------------------------------------------------------------------ arithmetic
 
 

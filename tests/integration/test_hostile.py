@@ -605,7 +605,7 @@ OTHER_JSON += [
     '{"workers": [1]}',
     '{"caption": {"command": 3}}',
     '{"shards": [1]}',
-    "\ufeff{}",
+    "\0",
 ]
 
 
@@ -627,7 +627,7 @@ def damaged_states(state: State, flips: int) -> Iterator[tuple[str, Path, bytes,
 
 def check_damaged_states(state: State, tmp_path: Path, capsys: pytest.CaptureFixture, flips: int) -> Counter[str]:
     """Each is mended without a word, or named with its cure, which helps. Returns how often it went which way."""
-    expected, ways = shards_in(state.done), Counter[str]()
+    expected, ways, cured = shards_in(state.done), Counter[str](), set[Path]()
     for name, path, content, (verb, *words) in damaged_states(state, flips):
         folder = tmp_path / "copy"
         shutil.rmtree(folder, ignore_errors=True)
@@ -641,8 +641,9 @@ def check_damaged_states(state: State, tmp_path: Path, capsys: pytest.CaptureFix
                 assert shards_in(folder) == expected, what
             continue
         line = text.splitlines()[-1]
-        assert status == 2 and line.startswith("error: ") and str(folder / path) in line, (what, line)
-        if name == "half":
+        assert status == 2 and line.startswith("error: ") and path.name in line, (what, line)
+        if name == "half" and path not in cured:
+            cured.add(path)
             (folder / path).unlink()
             assert main(["run", str(state.videos), str(folder), *SETTINGS]) == 0
             assert shards_in(folder) == expected, what

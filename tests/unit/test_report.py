@@ -55,7 +55,8 @@ def make(folder: Path, sources: int, frames: int, *words: str, stages: int = 5) 
         one = Probed.from_facts(f"{i:016x}" + 48 * "0", facts)
         reason = "cut off \x1b[31m" + "x" * 1000 if i == 2 else ""
         probed[probe_key(source)] = {"reason": reason, "sha256": one.sha256, **one.row}
-    plan = planning.choose(found, probed, Packed(), config)
+    keys = {source.name: probe_key(source) for source in found}
+    plan = planning.choose(found, keys, probed, Packed(), config)
     if stages > 1:
         shots = {"reason": "", "kinds": ["cut"], "firsts": [50], "lasts": [50]}
         planning.cut(plan, {f"{i:016x}" + 48 * "0": shots for i in range(sources)}, Packed(), config)

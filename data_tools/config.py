@@ -92,8 +92,8 @@ class SplitConfig:
     """Shots, and the clips that are cut from each of them."""
 
     detector: Detector = Detector.luma
-    """luma: cuts, fades and most dissolves, from small pictures. transnet: with a network that finds more dissolves, ten
-    times as slow. none: every file is one shot."""
+    """luma: cuts, fades and most dissolves, from small pictures. transnet: a network finds more dissolves, at a tenth
+    of the speed. none: every file is one shot."""
     weights: str | None = None
     """File with TransNetV2's weights, for split.detector=transnet."""
     fps: float | None = None

@@ -29,6 +29,7 @@ import stamped
 from data_tools import pack
 from data_tools.cli import main
 from data_tools.job import Job
+from data_tools.pool import run_tasks
 from data_tools.sources import printable
 from sora_lite.data.index import Index
 from sora_lite.data.loader import ClipReader
@@ -167,6 +168,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, server: Server) -> Folder:
         folder.bad[folder.add(name, make())] = reason
     for name, content in hostile.disguises(canary, server.url).items():
         folder.bad[folder.add(name, content)] = "" if name == "reference by url.mov" else "."
+    folder.bad[folder.add("<img src=y onerror=alert(1)>.png", b"text")] = "not a video"
     add_damaged(folder, range(11))
     add_what_is_no_file(folder)
     rows = [
@@ -354,6 +356,23 @@ def test_time_and_memory_are_bounded_and_no_process_stays(ran: Ran) -> None:
     assert ran.seconds < 150
     assert 100e6 < ran.worker_bytes < (MEMORY_MB + 250) * 2**20
     assert ran.survivors == []
+
+
+def test_the_page_shows_their_names_and_runs_none_of_them(ran: Ran) -> None:
+    """Last, since it writes into the shards' folder."""
+    words = ["workers=2", f"memory_mb={MEMORY_MB}", f"stall_seconds={STALL_SECONDS}"]
+    assert main(["report", str(ran.root / "shards"), *words]) == 0
+    page = (ran.root / "shards/report.html").read_text()
+    assert "&lt;img src=y" in page and not re.search(r"<img src=[xy]|\x1b", page)
+
+
+def test_reasons_are_one_printable_line() -> None:
+    def work(task: dict[str, Any]) -> list[dict[str, Any]]:
+        raise task["kind"](f"\x1b[2J is\r\nno\udcff {'name' * 1000}")
+
+    for kind in (BadVideo, OSError, ValueError):
+        (outcome,) = run_tasks(work, [("a", {"kind": kind})], workers=0, stall_seconds=1, memory_mb=64)
+        assert outcome.reason.isprintable() and "[2J is no" in outcome.reason and len(outcome.reason) <= 500
 
 
 @pytest.mark.slow
@@ -658,3 +677,11 @@ def test_a_damaged_state_is_named_or_mended(state: State, tmp_path: Path, capsys
 @pytest.mark.slow
 def test_flipped_bits_of_the_state(state: State, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert check_damaged_states(state, tmp_path, capsys, flips=40).total() > 500
+
+
+def test_a_full_disk_is_no_fault_of_a_video(state: State, tmp_path: Path) -> None:
+    job = Job.resume(state.half, [])
+    plan = job.run("caption")
+    unit = pack.units(plan.left(), plan.scores, tmp_path / "gone", job.config)[0]
+    with pytest.raises(UserError, match=r"gone/.*\.tar: cannot be written \(No such file or directory\)"):
+        list(run_tasks(pack.work, [("a", unit.task)], workers=0, stall_seconds=1, memory_mb=64))

@@ -2,13 +2,13 @@
 
 import fcntl
 import json
+import os
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from data_tools import look, pack, probe, split
@@ -17,7 +17,7 @@ from data_tools.config import CaptionSource, DataConfig, parse, plain
 from data_tools.plan import Packed, Plan, Rows
 from data_tools.pool import Function
 from data_tools.sources import SOURCES_SCHEMA, Source, find_sources
-from data_tools.state import Table, Unit, complete, stage_hash
+from data_tools.state import Table, Unit, complete, read_table, stage_hash, write_table
 from sora_lite.data.index import Index
 from sora_lite.data.shards import MANIFEST, DamagedSample, Manifest, ShardReader, replace_file
 from sora_lite.errors import UserError
@@ -57,12 +57,16 @@ class Job:
         path = folder / ".work" / "settings.json"
         try:
             saved = json.loads(path.read_bytes())
+            if not isinstance(saved, dict):
+                raise ValueError("it holds no settings")
+            parse(DataConfig, [], base=saved)
         except FileNotFoundError:
             raise UserError(
                 f"{path}: not found; begin with `sora-data run VIDEOS {folder}` or `sora-data probe VIDEOS {folder}`."
             ) from None
-        except ValueError as error:
-            raise UserError(f"{path}: is damaged ({error}); remove it and begin with `sora-data probe`.") from None
+        except (ValueError, TypeError, RecursionError, UserError) as error:
+            what = str(error).partition("\n")[0]
+            raise UserError(f"{path}: is damaged ({what}); remove it and begin with `sora-data probe`.") from None
         return cls(folder, parse(DataConfig, overrides, base=saved))
 
     @contextmanager
@@ -89,9 +93,7 @@ class Job:
         """Find the sources and remember them. Raises UserError if there are none, or if their list is wrong."""
         sources = find_sources(videos)
         table = pa.Table.from_pylist([source.to_row() for source in sources], schema=SOURCES_SCHEMA)
-        content = pa.BufferOutputStream()
-        pq.write_table(table, content, compression="zstd")
-        replace_file(self.own / "sources.parquet", content.getvalue().to_pybytes())
+        write_table(self.own / "sources.parquet", table)
 
     def run(self, upto: str, wanted: Collection[str] = STAGES) -> Plan:
         """Go through the stages as far as `upto`, doing what is missing of those that are wanted; return the plan.
@@ -192,7 +194,8 @@ class Job:
         path = self.own / "sources.parquet"
         if not path.exists():
             raise UserError(f"{path}: not found; begin with `sora-data run VIDEOS {self.folder}`.")
-        return [Source.from_row(row) for row in pq.read_table(path, schema=SOURCES_SCHEMA).to_pylist()]
+        table = read_table(path, SOURCES_SCHEMA, f"make it anew with `sora-data probe VIDEOS {self.folder}`")
+        return [Source.from_row(row) for row in table.to_pylist()]
 
     def packed(self) -> Packed:
         """What is in finished shards."""
@@ -210,7 +213,14 @@ class Job:
                 for number, path in enumerate(index.shard_paths):
                     with ShardReader(path) as reader:
                         for i in (index.shard == number).nonzero()[0]:
-                            _remember(found, split_name, str(index.keys[i]), self._meta(reader, index, int(i)))
+                            meta = self._meta(reader, index, int(i))
+                            try:
+                                _remember(found, split_name, str(index.keys[i]), meta)
+                            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                                raise UserError(
+                                    f"{path}: {index.keys[i]}.json is none of this program's ({error!r}); `sora-data "
+                                    f"verify {self.folder}` lists all that is wrong."
+                                ) from None
                             bar.update()
         return found
 
@@ -237,10 +247,11 @@ def locked(folder: Path) -> Iterator[None]:
     """Create a folder and keep a second call out of it; the kernel drops the lock with the process."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
+        # never through a link, whose target would be made or emptied
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written to ({error.strerror}); name another folder.") from None
-    with file:
+    with open(descriptor, "wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

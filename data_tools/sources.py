@@ -43,6 +43,10 @@ METADATA = "metadata.jsonl"
 LISTS = (".csv", ".parquet", ".jsonl")
 LARGEST_LIST = 4 << 30
 """Bytes."""
+LARGEST_ROW = 1 << 20
+"""Bytes of what a list says of one file, all of which is kept with each of its clips."""
+DEEPEST_ROW = 32
+"""Lists and objects inside each other."""
 FILE_COLUMNS = ("file_name", "path", "url", "video")
 """Columns of a list that may name the file; the first of them that a row has does."""
 
@@ -464,8 +468,17 @@ def _parse(content: Any, columns: tuple[str, ...]) -> tuple[str, Row]:
     if label is not None and (type(label) is not int or not -(2**63) <= label < 2**63):
         raise ValueError(f"label must be an integer, not {label!r}")
     group = None if group is None else str(group)
-    json.dumps([captions, group, content], ensure_ascii=False, allow_nan=False).encode()
+    kept = json.dumps([captions, group, content], ensure_ascii=False, allow_nan=False).encode()
+    if len(kept) > LARGEST_ROW:
+        raise ValueError(f"holds {len(kept)} bytes, and so would each clip; {LARGEST_ROW} are the most")
+    if _depth(content) > DEEPEST_ROW:
+        raise ValueError(f"holds more than {DEEPEST_ROW} lists or objects inside each other")
     return name, Row(captions=captions, label=label, group=group, extra=content)
+
+
+def _depth(content: Any) -> int:
+    inside = content.values() if isinstance(content, dict) else content if isinstance(content, list) else None
+    return 0 if inside is None else 1 + max(map(_depth, inside), default=0)
 
 
 # ------------------------------------------------------------------------------------------------------------ opening

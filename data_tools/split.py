@@ -131,7 +131,7 @@ def tile(source: Source, probed: Probed, row: dict[str, Any] | None, config: Spl
         probed=probed,
         shots=shots_of(transitions, facts.frames),
         fps=fps,
-        size=(int(height), int(width)),
+        size=(int(height), max(1, int(width))),  # pixels may be as narrow as their file says
     )
     length = config.clip_frames or max(config.min_frames, round(config.clip_seconds * fps))
     shortest = config.min_frames

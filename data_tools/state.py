@@ -82,7 +82,7 @@ class Table:
             return
         name = f"{time.time_ns()}-{os.uname().nodename}-{os.getpid()}-{self._written}.parquet"
         self._written += 1
-        _write(self.folder / name, pa.Table.from_pylist(rows, schema=self.schema))
+        write_table(self.folder / name, pa.Table.from_pylist(rows, schema=self.schema))
 
     def forget(self, keys: set[str]) -> None:
         """Drop the rows of these keys, so that their work is done again."""
@@ -92,7 +92,7 @@ class Table:
             if not kept:
                 path.unlink()
             elif len(kept) < len(rows):
-                _write(path, pa.Table.from_pylist(kept, schema=self.schema))
+                write_table(path, pa.Table.from_pylist(kept, schema=self.schema))
 
     def _parts(self) -> list[Path]:
         return sorted(self.folder.glob("*.parquet"))
@@ -172,13 +172,22 @@ def outcomes(
 
 
 def _read(path: Path, schema: pa.Schema, columns: list[str] | None = None) -> pa.Table:
+    return read_table(path, schema, "remove it, and its work is done again", columns)
+
+
+def read_table(path: Path, schema: pa.Schema, cure: str, columns: list[str] | None = None) -> pa.Table:
+    """A table that `write_table` wrote. Raises UserError, with the cure, if it is damaged or holds other columns."""
     try:
-        return pq.read_table(path, schema=schema, columns=columns)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); remove it, and its work is done again.") from None
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            if not file.schema_arrow.equals(schema):
+                raise ValueError("its columns are others")
+            return file.read(columns=columns)
+    except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
+        raise UserError(f"{path}: cannot be read ({str(error).partition(chr(10))[0]}); {cure}.") from None
 
 
-def _write(path: Path, table: pa.Table) -> None:
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a table so that it appears whole or not at all, and damage shows."""
     content = pa.BufferOutputStream()
-    pq.write_table(table, content, compression="zstd")
+    pq.write_table(table, content, compression="zstd", write_page_checksum=True)
     replace_file(path, content.getvalue().to_pybytes())

@@ -7,9 +7,10 @@ from typing import Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sora_lite.data.shards import INDEX_SCHEMA, Manifest, ShardEntry
+from sora_lite.data.shards import INDEX_SCHEMA, MEDIA, Manifest, ShardEntry
 from sora_lite.errors import UserError
 
 
@@ -103,7 +104,32 @@ def read_index(folder: Path, entry: ShardEntry) -> pa.Table:
     content = (folder / entry.index).read_bytes()
     if hashlib.sha256(content).hexdigest() != entry.index_sha256:
         raise UserError(f"{folder / entry.index}: is not as it was written (SHA-256 differs); {cure}.")
-    table = pq.read_table(pa.BufferReader(content), schema=INDEX_SCHEMA)
+    try:
+        table = pq.read_table(pa.BufferReader(content), schema=INDEX_SCHEMA)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{folder / entry.index}: is no index ({error}); {cure}.") from None
     if table.num_rows != entry.samples:
         raise UserError(f"{folder / entry.index}: has {table.num_rows} rows, not {entry.samples}; {cure}.")
+    if fault := _fault(table, entry.bytes):
+        raise UserError(f"{folder / entry.index}: {fault}; do not use it, whoever made it may mean harm.")
     return table
+
+
+def _fault(table: pa.Table, size: int) -> str:
+    """What nobody who packs writes into an index of a shard of `size` bytes; or nothing."""
+    if any(table[name].null_count for name in INDEX_SCHEMA.names):
+        return "has empty fields"
+    keys = table["key"]
+    if len(keys) and not pc.all(pc.match_substring_regex(keys, "^[A-Za-z0-9_-]{1,90}$")).as_py():
+        return "has keys that are not 1 to 90 letters, digits, underscores and hyphens"
+    if len(pc.unique(keys)) < len(keys):
+        return "has a key twice"
+    if not pc.all(pc.is_in(table["ext"], pa.array(MEDIA))).as_py() and len(keys):
+        return f"has files that are none of {', '.join(MEDIA)}"
+    for what in ("media", "json"):
+        begin, length = table[f"{what}_offset"].to_numpy(), table[f"{what}_size"].to_numpy()
+        if np.any((begin < 0) | (length < 0) | (begin > size) | (length > size - begin)):
+            return "names places outside of its shard"
+    if any(np.any(table[name].to_numpy() < 1) for name in ("frames", "height", "width")):
+        return "has samples without size"
+    return "" if np.all(np.isfinite(fps := table["fps"].to_numpy()) & (fps > 0)) else "has samples without a rate"

@@ -6,7 +6,6 @@ number of workers nor which one made it.
 Shapes: B samples of a rank's micro-batch, T frames, H W pixels.
 """
 
-import json
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -106,7 +105,10 @@ class ClipReader:
         )
         decoded = decode_clip(media, frames=shape[0], fps=self.fps, start_frame_offset=start, decoder=self._decoder)
         frames = resize_crop(decoded, shape[1:])
-        clip = Clip(frames=frames, captions=list(meta.get("captions") or []), label=int(meta.get("label", -1)))
+        captions, label = meta.get("captions") or [], meta.get("label", -1)
+        if type(label) is not int or not all(isinstance(caption, str) for caption in captions):
+            raise DamagedSample(f"{index.keys[sample]}: captions are no list of texts, or its label is no number")
+        clip = Clip(frames=frames, captions=list(captions), label=label)
         if frames.nbytes <= self._cache_bytes:
             self._cache[key] = clip
             self._cached += frames.nbytes
@@ -118,10 +120,9 @@ class ClipReader:
     def meta(self, sample: int) -> dict:
         """The sample's JSON."""
         index = self.index
-        data = self._shard(sample).read(
+        return self._shard(sample).read_json(
             int(index.json_offset[sample]), int(index.json_size[sample]), int(index.json_crc32c[sample])
         )
-        return json.loads(data)
 
     def _shard(self, sample: int) -> ShardReader:
         number = int(self.index.shard[sample])

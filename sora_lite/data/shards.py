@@ -53,6 +53,7 @@ INDEX_SCHEMA = pa.schema(
 first 16 hex digits of the source's SHA-256."""
 
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,90}")
+_SHARD = re.compile(r"((?:train|validation)-\d{6}(?:\.\d{1,9})?)\.tar")
 _BLOCK = tarfile.BLOCKSIZE
 
 
@@ -90,6 +91,14 @@ class ShardEntry:
     split: str
     index: str
     index_sha256: str
+
+    def check(self) -> None:
+        """Raise ValueError unless names are those that a packing gives, inside of the folder, and sizes are numbers."""
+        name = _SHARD.fullmatch(self.path)
+        if name is None or self.index != f"{name[1]}.idx.parquet" or self.split not in ("train", "validation"):
+            raise ValueError(f"names {self.path!r} and {self.index!r}, outside of its folder or not of its split")
+        if not all(isinstance(size, int) and size >= 0 for size in (self.bytes, self.samples)):
+            raise ValueError(f"sizes of {self.path} are no numbers")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -134,15 +143,15 @@ class Manifest:
             del content["sha256"]
             shards = [ShardEntry(**entry) for entry in content.pop("shards")]
             pending = [ShardEntry(**entry) for entry in content.pop("pending")]
+            for entry in shards + pending:
+                entry.check()
             manifest = cls(shards=shards, pending=pending, **content)
+            whole = written == manifest.to_bytes()
         except FileNotFoundError:
             raise UserError(f"{path}: not found; name a folder that `sora-data run VIDEOS SHARDS` has made.") from None
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise UserError(f"{path}: not a manifest of shards ({error}); name another folder or pack again.") from None
-        for name in [name for entry in shards + pending for name in (entry.path, entry.index)]:
-            if not isinstance(name, str) or Path(name).name != name:
-                raise UserError(f"{path}: names {name!r} outside of its folder; pack again.")
-        if written != manifest.to_bytes():
+        if not whole:
             raise UserError(f"{path}: is not as it was written (SHA-256 differs); restore it, or pack again.")
         return manifest
 
@@ -338,6 +347,10 @@ class ShardReader:
 
     def read(self, offset: int, size: int, crc32c: int) -> bytes:
         """The member's bytes. Raises DamagedSample unless they have this size and checksum; OSError if I/O fails."""
+        if offset < 0 or size < 0:
+            raise DamagedSample(f"{self.path.name} cannot hold {size} bytes at offset {offset}")
+        if (missing := offset + size - os.fstat(self._descriptor).st_size) > 0:
+            raise DamagedSample(f"{self.path.name} ends {missing} bytes early at offset {offset}")
         content = os.pread(self._descriptor, size, offset)
         while 0 < len(content) < size:  # one call reads at most 2 GiB
             more = os.pread(self._descriptor, size - len(content), offset + len(content))
@@ -354,7 +367,7 @@ class ShardReader:
         """As `read`, for KEY.json. Raises DamagedSample too if it is no JSON object."""
         try:
             content = json.loads(self.read(offset, size, crc32c))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DamagedSample(f"{self.path.name} holds no JSON at offset {offset} ({error})") from None
         if not isinstance(content, dict):
             raise DamagedSample(f"{self.path.name} holds no JSON object at offset {offset}")

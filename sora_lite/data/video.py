@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import BinaryIO, NamedTuple, Self
 
 import av
+import av.subtitles.stream  # PyAV would load it with the first file, for which there may be no memory left
 import numpy as np
 import xxhash
 from av.container import InputContainer
@@ -36,6 +37,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sora_lite.errors import UserError
 
+LONGEST_SIDE = 16384
+"""Most pixels of a side that x264 takes."""
 GOP = 48
 """Most frames from one keyframe to the next in what is written here; groups are closed."""
 STILLS = ("png", "jpeg", "webp")
@@ -391,7 +394,7 @@ def _decode_by_decord(data: bytes, frames: int, fps: float | None, start: int) -
 
 def rational(fps: float | Fraction) -> Fraction:
     """The exact rate that a rounded one stands for: 29.97002997 is 30000/1001."""
-    return Fraction(fps).limit_denominator(1001)
+    return Fraction(fps).limit_denominator(1001) or Fraction(fps)
 
 
 class _RGB:
@@ -734,7 +737,9 @@ def _read_still(file: BinaryIO, limits: Limits) -> np.ndarray:
         with Image.open(file, formats=STILLS) as image:
             _check_pixels(image.height, image.width, limits)  # the header's; nothing is decoded yet
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except UnidentifiedImageError:  # whose message names an object of this process
+        raise BadVideo("an image that cannot be decoded: its header is damaged") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BadVideo(f"an image that cannot be decoded: {error}") from error
 
 
@@ -973,6 +978,8 @@ class _Mp4:
     """An mp4 in memory that grows frame by frame: H.264, yuv420p in BT.709, closed groups, header in front."""
 
     def __init__(self, size: tuple[int, int], fps: Fraction | float, crf: int, preset: str) -> None:
+        if max(size) > LONGEST_SIDE:
+            raise BadVideo(f"clips of {size[0]} x {size[1]} pixels, H.264 ends at {LONGEST_SIDE} (pack.max_side)")
         self.size, self.step, self.count, out = size, 1 / rational(fps), 0, io.BytesIO()
         self.out = out
         self.muxer = av.open(

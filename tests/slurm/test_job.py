@@ -40,7 +40,7 @@ def call(folder: Path, name: str, *argv: str) -> None:
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     folder = tmp_path_factory.mktemp("inputs")
     call(folder, "sora-data", "digits", "videos", "clips=100")
-    call(folder, "sora-data", "run", "videos", "shards")
+    call(folder, "sora-data", "run", "videos", "shards", "split.detector=none", "dedupe.near=false")
     call(folder, "sora-lite", "train-vae", "experiment=tiny_vae", "data.shards=shards", "run.name=vae", "run.steps=4")
     call(folder, "sora-lite", "export", "run=runs/vae")
     return Inputs(shards=folder / "shards", vae=folder / "runs/vae")

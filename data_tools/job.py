@@ -202,7 +202,7 @@ class Job:
                 for number, path in enumerate(index.shard_paths):
                     with ShardReader(path) as reader:
                         for i in (index.shard == number).nonzero()[0]:
-                            _remember(found, split_name, str(index.keys[i]), _meta(reader, index, int(i)))
+                            _remember(found, split_name, index.key(i), _meta(reader, index, int(i)))
                             bar.update()
         return found
 

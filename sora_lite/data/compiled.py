@@ -251,8 +251,9 @@ def _build(folder: Path, fill: Callable[[Path], None]) -> None:
     """Make a folder that appears complete or not at all; if another process was first, its folder stays."""
     partial = folder.with_name(f"{folder.name}.{secrets.token_hex(8)}.partial")
     try:
-        partial.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         _sweep(folder.parent)
+        partial.mkdir()
         fill(partial)
         flush_folder(partial)
         try:

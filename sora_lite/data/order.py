@@ -54,8 +54,8 @@ def apportion(total: int, shares: Sequence[int]) -> list[int]:
 
     Webster's method: turns go out one by one, party d's m-th (from 0) at time (2m + 1) / shares[d]. The counts add up
     to `total`, never fall as it grows, and need no history. A party with the part q = shares[d] / sum(shares), one of D
-    that are above 0, is off q * total by at most 1/2 + q (D - 2) / 2 where D > 1: by less than 1 for up to three. (Rounding
-    cumulative shares down stays within 1 for any D, but lets counts fall where a share is small.)
+    that are above 0, is off q * total by at most 1/2 + q (D - 2) / 2 where D > 1: by less than 1 for up to three.
+    (Rounding cumulative shares down stays within 1 for any D, but lets counts fall where a share is small.)
     """
     whole = sum(shares)
     parties = [d for d, share in enumerate(shares) if share > 0]

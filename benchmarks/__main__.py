@@ -1,13 +1,13 @@
-"""`python -m benchmarks [reading|step ...]`: print the tables, all by default. One thread, CPU time."""
+"""`python -m benchmarks [order|reading|step ...]`: print the tables, all by default. One thread, CPU time."""
 
 import os
 import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
-from benchmarks import reading, step
+from benchmarks import order, reading, step
 
-TABLES = {"reading": reading.main, "step": step.main}
+TABLES = {"order": order.main, "reading": reading.main, "step": step.main}
 
 
 def main(names: list[str]) -> int:

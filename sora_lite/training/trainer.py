@@ -351,12 +351,7 @@ def _difference(saved: Any, now: Any) -> str:
 def load_split(data: DataConfig, split: str, rank: Rank, *, required: bool = True) -> Index:
     """The index of one split of the configured data sets, mapped by every rank. All ranks call it."""
     folders, cache = [Path(folder) for folder in data.folders], Path(data.cache) if data.cache else None
-
-    def load() -> Index:
-        return open_index(folders, split, cache=cache, check=rank.is_main)
-
-    first = rank.together(lambda: load() if rank.is_main else None)  # it compiles the index where there is none
-    index = rank.together(lambda: load() if first is None else first)
+    index = rank.main_first(lambda: open_index(folders, split, cache=cache, check=rank.is_main))
     for number, samples in enumerate(index.set_samples()):
         if required and samples == 0:
             raise UserError(
@@ -371,7 +366,7 @@ def make_loader(config: BaseTrainConfig, index: Index, objective: Objective, ran
     data = config.data
     rules = [((rule.resolution[0], rule.resolution[1]), rule.frames, rule.keep, rule.batch) for rule in data.buckets]
     rows = rows_from(rules, objective.tokens, data.batch_tokens, data.divisor)
-    rank.together(lambda: open_buckets(index, rows, data.fps) if rank.is_main else None)
+    rank.main_first(lambda: open_buckets(index, rows, data.fps))
     return ClipLoader(
         index,
         rows,

@@ -8,7 +8,10 @@ from project_tree import ROOT
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("table", "rows"), [("reading", ("webdataset", "sora_lite")), ("step", ("ZeRO 0", "ZeRO 3"))])
+@pytest.mark.parametrize(
+    ("table", "rows"),
+    [("order", ("compiling", "resident")), ("reading", ("webdataset", "sora_lite")), ("step", ("ZeRO 0", "ZeRO 3"))],
+)
 def test_benchmark_runs(table: str, rows: tuple[str, ...]) -> None:
     done = subprocess.run([sys.executable, "-m", "benchmarks", table], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

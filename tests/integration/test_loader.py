@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sora_lite.cli.compose import compose
 from sora_lite.data.buckets import Row
+from sora_lite.data.compiled import open_index
 from sora_lite.data.index import Index
 from sora_lite.data.loader import ClipBatch, ClipLoader
 from sora_lite.errors import UserError
@@ -112,6 +113,42 @@ class TestSameSteps:
             for caption, label in zip(batch.captions, batch.labels.tolist(), strict=True):
                 assert words[label] in caption
             assert batch.video.float().flatten(1).std(1).min() > 10
+
+
+class TestMixture:
+    """Two data sets, clips and stills, in one run."""
+
+    ROWS = (Row(shape=(1, 32, 32), keep=0.5, batch=BATCH), Row(shape=SHAPE, keep=1.0, batch=BATCH))
+
+    def loader(self, folders: list[Path], *, rank: int = 0, world_size: int = 1, workers: int = 0) -> ClipLoader:
+        return ClipLoader(
+            open_index(folders, "train"), list(self.ROWS),
+            fps=None, seed=5, block_shards=2, flip=True, rank=rank, world_size=world_size, accumulation=1,
+            workers=workers, cache_bytes=0, pin=False, weights=[3, 1], image_ratio=0.5,
+        )  # fmt: skip
+
+    @pytest.mark.filterwarnings("ignore:This DataLoader will create")
+    def test_for_any_number_of_ranks_and_workers(self, tiny: Tiny, copy: Path) -> None:
+        folders = [tiny.shards, copy]
+        alone = self.loader(folders)
+        whole = [batch for (batch,) in alone.steps(0, 8)]
+        assert {batch.video.shape[2] for batch in whole} == {1, SHAPE[0]}
+        for world_size, workers, start in ((2, 0, 0), (4, 1, 3), (1, 2, 5)):
+            ranks = [
+                list(self.loader(folders, rank=rank, world_size=world_size, workers=workers).steps(start, 8))
+                for rank in range(world_size)
+            ]
+            for step, batches in enumerate(zip(*ranks, strict=True), start):
+                assert_same(join([batch for (batch,) in batches]), whole[step])
+
+    def test_weights_and_ratio_hold(self, tiny: Tiny, copy: Path) -> None:
+        loader = self.loader([tiny.shards, copy])
+        first = loader.index.set_samples()[0]
+        steps = [loader.order.step(step)[0] for step in range(256)]
+        assert sum(micro.shape[0] == 1 for micro in steps) == 128
+        assert all((micro.samples < first).sum() == 0.75 * BATCH for micro in steps)
+        alike, other = loader.order.passes(255)
+        assert alike == pytest.approx(3 * other, rel=0.01) and loader.order.set_share(0) == 0.75
 
 
 @dataclass

@@ -129,7 +129,7 @@ class DataConfig:
     sets: list[SetRule] = field(default_factory=list)
     """Several data sets that are mixed, instead of `data.shards`."""
     image_ratio: float | None = None
-    """Part of the samples that are stills (buckets of 1 frame), in (0, 1); null leaves it as the data has it."""
+    """Part of the samples that are stills (buckets of 1 frame), in (0, 1); null: as they come. Weights hold in both."""
     cache: str | None = None
     """Folder for the compiled index, which all ranks see; by default .cache in the (first) folder of shards."""
     fps: float | None = None

@@ -34,6 +34,8 @@ FORMAT = 1
 """Part of every hash: a new number when the files below change."""
 CHUNK = 2**18
 """Samples that are given to buckets at a time."""
+SIZES = {"keys": "keys", "frames": "frames", "height": "height", "width": "width", "own_fps": "fps"}
+"""What decides the bucket of a sample: argument of `choose`, column of the index."""
 ABANDONED_SECONDS = 6 * 3600
 """Age after which a folder that was never finished is taken for what a killed process left behind."""
 
@@ -78,11 +80,12 @@ def open_buckets(index: Index, rows: Sequence[Row], fps: float | None) -> list[B
         UserError: a row gets no sample, or the cache cannot be written.
     """
     if index.folder is None:
-        return assign(rows, **_sizes(index, slice(None)), fps=fps, shard=index.shard)
+        columns = {argument: getattr(index, name) for argument, name in SIZES.items()}
+        return assign(rows, **columns, fps=fps, shard=index.shard)
     table = [FORMAT, fps, [[*row.shape, row.keep] for row in rows]]
     folder = index.folder / f"buckets-{hashlib.sha256(json.dumps(table).encode()).hexdigest()[:16]}"
     if not folder.is_dir():
-        _build(folder, lambda partial: _compile_buckets(partial, index, rows, fps))
+        _build(folder, lambda partial: _compile_buckets(partial, folder.parent, index, rows, fps))
     digests = _read_json(folder / "buckets.json")["sha256"]
     return [
         Bucket(
@@ -153,7 +156,7 @@ def _write_index(partial: Path, folders: Sequence[Path], manifests: Sequence[Man
     replace_file(partial / "index.json", to_json(meta))
 
 
-def _compile_buckets(partial: Path, index: Index, rows: Sequence[Row], fps: float | None) -> None:
+def _compile_buckets(partial: Path, index_folder: Path, index: Index, rows: Sequence[Row], fps: float | None) -> None:
     """Write the samples of each row, ascending, and where those of each shard begin."""
     writers = [ColumnWriter(partial / f"samples_{n}.npy", np.dtype(np.int64)) for n in range(len(rows))]
     digests = [hashlib.sha256() for _ in rows]
@@ -161,10 +164,11 @@ def _compile_buckets(partial: Path, index: Index, rows: Sequence[Row], fps: floa
     longest = 0
     for start in range(0, len(index), CHUNK):
         part = slice(start, start + CHUNK)
-        sizes = _sizes(index, part)
+        # Mapped anew for each part, since pages that were read stay in memory as long as the mapping.
+        sizes = {argument: _map(index_folder / f"{name}.npy")[part] for argument, name in SIZES.items()}
         chosen = choose(rows, **sizes, fps=fps)
         longest = max(longest, int(frames_at(sizes["frames"], sizes["own_fps"], fps).max()))
-        shard = np.asarray(index.shard[part])
+        shard = _map(index_folder / "shard.npy")[part]
         low = int(shard[0])
         for number in range(len(rows)):
             places = np.flatnonzero(chosen == number)
@@ -184,17 +188,6 @@ def _compile_buckets(partial: Path, index: Index, rows: Sequence[Row], fps: floa
                 writer.append(column)
             digests[number].update(column.data)
     replace_file(partial / "buckets.json", to_json({"sha256": [digest.hexdigest() for digest in digests]}))
-
-
-def _sizes(index: Index, part: slice) -> dict[str, np.ndarray]:
-    """What decides the bucket of some samples, as `choose` takes it."""
-    return {
-        "keys": index.keys[part],
-        "frames": index.frames[part],
-        "height": index.height[part],
-        "width": index.width[part],
-        "own_fps": index.fps[part],
-    }
 
 
 # ---------------------------------------------------------------------------------------------------------- files

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from data_tools import look, pack, probe, split
 from data_tools import plan as planning
-from data_tools.config import CaptionSource, DataConfig, parse, plain
+from data_tools.config import CaptionConfig, CaptionSource, DataConfig, parse, plain
 from data_tools.plan import Packed, Plan, Rows
 from data_tools.pool import Function
 from data_tools.sources import SOURCES_SCHEMA, Source, find_sources
@@ -67,11 +67,19 @@ class Job:
         except (ValueError, TypeError, RecursionError, UserError) as error:
             what = str(error).partition("\n")[0]
             raise UserError(f"{path}: is damaged ({what}); remove it and begin with `sora-data probe`.") from None
+        # Shards of others may come with settings: what they would have run, or asked, must be said by the caller.
+        saved.get("caption", {}).update(command=[], url=CaptionConfig().url, key_env="")
+        if saved.get("caption", {}).get("source") == "command" and not any(
+            "caption.command" in one for one in overrides
+        ):
+            raise UserError(f"caption.command: {path} does not say which program may run; give caption.command again.")
         return cls(folder, parse(DataConfig, overrides, base=saved))
 
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Keep a second call out of all folders."""
+        if self.own.is_symlink():
+            raise UserError(f"{self.own}: is a link, and files would be written elsewhere; use work=FOLDER instead.")
         with ExitStack() as stack:
             for folder in sorted({path.absolute() for path in (self.folder, self.own, self.work)}):
                 stack.enter_context(locked(folder))

@@ -37,6 +37,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sora_lite.errors import UserError
 
+BOMB = 1_000_000
+"""Pixels for each byte of a file beyond which it is a decompression bomb: blank video gives up to some 100,000."""
+BOMB_FROM = 2_000_000_000
+"""Pixels that any file may hold: a few seconds of decoding."""
 LONGEST_SIDE = 16384
 """Most pixels of a side that x264 takes."""
 GOP = 48
@@ -635,7 +639,7 @@ class _Reader:
         """
         exact = whole and self.container == "mov"  # of the headers only mp4's counts can be relied on
         promised = len(self.stream.index_entries) if exact else 0
-        read, last, check = 0, None, _Check(self.limits, self.time_base)
+        read, last, check = 0, None, _Check(self.limits, self.time_base, self.demuxer.size)
         try:
             for packet in packets:
                 self.beat()
@@ -669,8 +673,9 @@ def _if_early(decoded: Iterator[tuple[int, VideoFrame]], start: int) -> Iterator
 class _Check:
     """Looks at each decoded frame of a file, and raises BadVideo at one that may not be used."""
 
-    def __init__(self, limits: Limits, time_base: Fraction) -> None:
+    def __init__(self, limits: Limits, time_base: Fraction, size: int) -> None:
         self.limits, self.longest = limits, int(limits.max_seconds / time_base)
+        self.most = max(BOMB_FROM, BOMB * size)
         self.count, self.first, self.shape = 0, 0, (0, 0)
 
     def __call__(self, frame: VideoFrame, time: int) -> None:
@@ -687,6 +692,8 @@ class _Check:
         self.count += 1
         if self.count > self.limits.max_frames:
             raise BadVideo(f"more than {self.limits.max_frames} frames")
+        if self.count * shape[0] * shape[1] > self.most:
+            raise BadVideo(f"a decompression bomb: more than {self.most:.1g} pixels from so few bytes")
         if time - self.first > self.longest:
             raise BadVideo(f"longer than {self.limits.max_seconds:g} seconds")
 

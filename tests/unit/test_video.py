@@ -1,6 +1,7 @@
 """Decoding: the right frames, upright, in the right colours, and a clear reason where that cannot be."""
 
 import io
+import struct
 import sys
 import time
 from fractions import Fraction
@@ -533,3 +534,12 @@ def test_small_clips_decode_fast() -> None:
     for _ in range(50):
         decode_clip(clip, frames=17, fps=8.0)
     assert (time.process_time() - start) / 50 < 0.02  # measured: about 1 ms
+
+
+def test_a_few_bytes_that_fill_many_pixels_are_a_bomb() -> None:
+    """A GIF whose frames change one pixel of a huge canvas, all of which is decoded each time."""
+    head = b"GIF89a" + struct.pack("<HHBBB", 5000, 5000, 0x80, 0, 0) + bytes(3) + b"\xff\xff\xff"
+    frame = b"!\xf9\x04\x00\x0a\x00\x00\x00," + struct.pack("<HHHHB", 0, 0, 1, 1, 0) + b"\x02\x02\x44\x01\x00"
+    with pytest.raises(BadVideo, match="decompression bomb"):
+        probe(head + 200 * frame + b";")
+    assert probe(head + 3 * frame + b";").frames == 3

@@ -223,11 +223,11 @@ class Job:
                         for i in (index.shard == number).nonzero()[0]:
                             meta = self._meta(reader, index, int(i))
                             try:
-                                _remember(found, split_name, str(index.keys[i]), meta)
+                                _remember(found, split_name, index.key(int(i)), meta)
                             except (ValueError, KeyError, TypeError, AttributeError) as error:
                                 raise UserError(
-                                    f"{path}: {index.keys[i]}.json is none of this program's ({error!r}); `sora-data "
-                                    f"verify {self.folder}` lists all that is wrong."
+                                    f"{path}: {index.key(int(i))}.json is none of this program's ({error!r}); "
+                                    f"`sora-data verify {self.folder}` lists all that is wrong."
                                 ) from None
                             bar.update()
         return found

@@ -120,11 +120,27 @@ class BucketRule:
 
 
 @dataclass(kw_only=True, slots=True)
-class DataConfig:
-    """Which shards are read and how samples become batches."""
+class SetRule:
+    """One of several data sets that are mixed."""
 
     shards: str = MISSING
     """Folder of shards with a manifest.json, as `sora-data run` writes it."""
+    weight: float | None = None
+    """How often its samples come, against the weights of the others; null, for all, goes by the number of samples."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Which shards are read and how samples become batches."""
+
+    shards: str | None = MISSING
+    """Folder of shards with a manifest.json, as `sora-data run` writes it; or give `data.sets`."""
+    sets: list[SetRule] = field(default_factory=list)
+    """Several data sets that are mixed, instead of `data.shards`."""
+    image_ratio: float | None = None
+    """Part of the samples that are stills (buckets of 1 frame), in (0, 1); null: as they come. Weights hold in both."""
+    cache: str | None = None
+    """Folder for the compiled index, which all ranks see; by default .cache in the (first) folder of shards."""
     fps: float | None = None
     """Frames per second that the model sees; null keeps each clip's own rate."""
     buckets: list[BucketRule] = MISSING
@@ -145,6 +161,15 @@ class DataConfig:
     """Memory per worker for decoded clips, in MiB. Worth it where the data set is small and seen many times."""
     max_bad_fraction: float = 0.01
     """Stop when more than this fraction of the samples read so far was damaged and had to be replaced."""
+
+    @property
+    def folders(self) -> list[str]:
+        """Folders of shards, one for each data set."""
+        return [self.shards] if self.shards is not None else [one.shards for one in self.sets]
+
+    def key_of(self, data_set: int) -> str:
+        """The key under which the folder of a data set is given."""
+        return "data.shards" if self.shards is not None else f"data.sets[{data_set}].shards"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -531,6 +556,7 @@ def _check_run(config: BaseTrainConfig) -> None:
     _require(optim.warmup_steps >= 0, "optim.warmup_steps", f"must be at least 0, not {optim.warmup_steps}")
     for key in ("batch_tokens", "divisor", "block_shards"):
         _require(getattr(data, key) >= 1, f"data.{key}", f"must be at least 1, not {getattr(data, key)}")
+    _check_sets(data)
     _require(data.fps is None or data.fps > 0, "data.fps", f"must be above 0, or null, not {data.fps}")
     _require(data.workers >= 0, "data.workers", f"must be at least 0, not {data.workers}")
     _require(len(data.buckets) > 0, "data.buckets", "is empty; give at least one row {resolution: [H, W], frames: T}")
@@ -541,8 +567,9 @@ def _check_run(config: BaseTrainConfig) -> None:
         _require(rule.frames >= 1, f"{key}.frames", f"must be at least 1, not {rule.frames}")
         _require(0 < rule.keep <= 1, f"{key}.keep", f"is a fraction in (0, 1], not {rule.keep}")
         if rule.batch is not None:
+            _require(rule.batch >= 1, f"{key}.batch", f"must be at least 1, not {rule.batch}")
             _require(
-                rule.batch >= 1 and rule.batch % data.divisor == 0,
+                rule.batch % data.divisor == 0,
                 f"{key}.batch",
                 f"{rule.batch} is not a multiple of data.divisor={data.divisor}; change one of them",
             )
@@ -553,6 +580,36 @@ def _check_run(config: BaseTrainConfig) -> None:
         parallel.precision is Precision.fp32 or parallel.zero_stage > 0,
         "parallel.zero_stage",
         "0 has no fp32 master weights under bf16; take parallel.zero_stage=1",
+    )
+
+
+def _check_sets(data: DataConfig) -> None:
+    _require(
+        (data.shards is None) != (not data.sets),
+        "data.sets",
+        "is given along with data.shards; leave one of them out"
+        if data.sets
+        else "is empty; name a folder by data.shards",
+    )
+    for i, row in enumerate(data.sets):
+        key, weight = f"data.sets[{i}].weight", row.weight
+        _require(
+            (weight is None) == (data.sets[0].weight is None), key, "give every data set a weight, or none of them"
+        )
+        _require(
+            weight is None or 0 < weight < math.inf, key, f"must be above 0, not {weight}; or leave the data set out"
+        )
+    ratio = data.image_ratio
+    _require(
+        ratio is None or 0 < ratio < 1,
+        "data.image_ratio",
+        f"lies in (0, 1), not {ratio}; for one kind alone take only its rows of data.buckets",
+    )
+    stills = sum(rule.frames == 1 for rule in data.buckets)
+    _require(
+        ratio is None or 0 < stills < len(data.buckets),
+        "data.image_ratio",
+        f"{ratio} needs rows of data.buckets with 1 frame and rows with more; add one, or set data.image_ratio=null",
     )
 
 

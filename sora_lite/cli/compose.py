@@ -62,6 +62,8 @@ def compose_tree(root: str, overrides: list[str]) -> DictConfig:
             tree = hydra.compose(root, [one for one in overrides if one not in plain])
             tree.merge_with_dotlist(plain)
             OmegaConf.resolve(tree)
+            if "data" in tree and tree.data.sets and OmegaConf.is_missing(tree.data, "shards"):
+                tree.data.shards = None  # one of the two is asked for
             return tree
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error, root)) from error

@@ -39,7 +39,7 @@ class LabelledClips:
             for name in attributes:
                 if name not in extra:
                     known = ", ".join(sorted(extra)) or "none"
-                    raise UserError(f"attributes: clip {index.keys[sample]} has no {name!r} (it has: {known})")
+                    raise UserError(f"attributes: clip {index.key(sample)} has no {name!r} (it has: {known})")
                 self.values[name].append(str(extra[name]))
             clips.append(clip.frames)
             self.requests.append(Request(prompt=clip.captions[0] if clip.captions else "", label=clip.label))

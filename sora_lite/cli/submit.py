@@ -170,9 +170,11 @@ def _check_sizes(config: BaseTrainConfig) -> None:
 
 def _check_inputs(config: BaseTrainConfig) -> None:
     """Files that the job reads. Not for a dry run, which may happen on a machine that does not have them."""
-    manifest = Path(config.data.shards) / "manifest.json"
-    if not manifest.is_file():
-        raise UserError(f"data.shards: {manifest} does not exist; name a folder that `sora-data run` has finished")
+    for number, folder in enumerate(config.data.folders):
+        manifest = Path(folder) / "manifest.json"
+        if not manifest.is_file():
+            key = config.data.key_of(number)
+            raise UserError(f"{key}: {manifest} does not exist; name a folder that `sora-data run` has finished")
     if isinstance(config, TrainConfig) and not Path(config.vae_from).is_dir():
         raise UserError(
             f"vae_from: the folder {config.vae_from} does not exist; train a VAE first, or correct the path"

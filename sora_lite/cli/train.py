@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 
 from sora_lite.config import BaseTrainConfig, TrainConfig, TrainVAEConfig
+from sora_lite.data.index import Index
 from sora_lite.data.loader import ClipLoader
-from sora_lite.data.shards import Manifest
 from sora_lite.errors import UserError
 from sora_lite.generation.export import load_vae
 from sora_lite.generation.export import write as write_export
@@ -40,7 +40,7 @@ def train(config: TrainConfig | TrainVAEConfig, rank: Rank) -> None:
     if rank.is_main:
         if isinstance(objective, DiTObjective):  # a run holds all that its export needs
             write_export(trainer.folder / "vae", vae_contract, vae.state_dict())
-        print("\n".join([*describe(trainer.loader), *missing_conditions(config)]))
+        print("\n".join([*describe(config, trainer.loader), *missing_conditions(config, trainer.loader.index)]))
     trainer.run()
 
 
@@ -53,28 +53,31 @@ def check_buckets(config: BaseTrainConfig, objective: Objective) -> None:
             raise UserError(f"data.buckets[{i}]: {error}; change its resolution or frames") from error
 
 
-def describe(loader: ClipLoader) -> list[str]:
-    """A line for each bucket, and one for the samples that are in none."""
+def describe(config: BaseTrainConfig, loader: ClipLoader) -> list[str]:
+    """A line for each bucket, for each of several data sets, and for the samples that are in no bucket."""
     buckets = loader.order.buckets
     lines = [
         "{} frames of {}x{}: {:,} samples, {} a batch".format(*bucket.shape, len(bucket.samples), bucket.batch)
         for bucket in buckets
     ]
+    for number, row in enumerate(config.data.sets):
+        samples, share = loader.order.set_samples[number], loader.order.set_share(number)
+        lines.append(f"{row.shards}: {samples:,} samples in buckets, {share:.2%} of what is seen")
     if left := len(loader.index) - sum(len(bucket.samples) for bucket in buckets):
         lines.append(f"left out, as too short for every bucket at data.fps: {left:,} samples")
     return lines
 
 
-def missing_conditions(config: BaseTrainConfig) -> list[str]:
+def missing_conditions(config: BaseTrainConfig, index: Index) -> list[str]:
     """A line for what the model reads and no clip of the shards has: training works, asking for it later will not."""
     if not isinstance(config, TrainConfig):
         return []
-    counts = Manifest.load(Path(config.data.shards)).counts
+    captioned, labelled = ([one.get(f"clips_{what}") for one in index.counts] for what in ("captioned", "labelled"))
     lines = []
-    if config.model.text is not None and counts.get("clips_captioned") == 0:
+    if config.model.text is not None and set(captioned) == {0}:
         lines.append("model.text: no clip has a caption, so the model will not learn to follow prompts")
-    if config.model.num_classes == 0 and counts.get("clips_labelled", 0) > 0:
+    if config.model.num_classes == 0 and any(labelled):
         lines.append("model.num_classes: is 0, so the labels of the clips are not used")
-    if config.model.num_classes > 0 and counts.get("clips_labelled") == 0:
+    if config.model.num_classes > 0 and set(labelled) == {0}:
         lines.append("model.num_classes: no clip has a label, so the model will not learn to follow labels")
     return lines

@@ -1,6 +1,8 @@
-"""All samples of one split of a data set as columns: what the order and the buckets are computed from."""
+"""All samples of one split of one or several data sets as columns: what the order and the buckets are computed from."""
 
 import hashlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Self
@@ -13,21 +15,41 @@ import pyarrow.parquet as pq
 from sora_lite.data.shards import INDEX_SCHEMA, MEDIA, Manifest, ShardEntry
 from sora_lite.errors import UserError
 
+BY_KEY = 65_536
+"""Samples in `Index.by_key`, at most."""
+GROUP = 64
+"""Shards whose index files are read at a time."""
+
+COLUMNS: dict[str, np.dtype] = {
+    {"key": "keys"}.get(name, name): np.dtype("S1") if kind == pa.string() else np.dtype(kind.to_pandas_dtype())
+    for name, kind in zip(INDEX_SCHEMA.names, INDEX_SCHEMA.types, strict=True)
+} | {"shard": np.dtype(np.int32)}
+"""Columns of an index and their types; texts are UTF-8 bytes of whatever width they need."""
+
 
 @dataclass(kw_only=True, slots=True)
 class Index:
-    """N samples in the order of shards and of members within them. Every array is (N,); read it, never write it."""
+    """N samples in the order of data sets, of shards and of members within them.
+
+    Every column is (N,). It may be mapped from a file: read it, never write it.
+    """
 
     shard_paths: list[Path]
     shard_sha256: list[str]
+    set_shards: list[int]
+    """Number of shards of each data set, which follow one another in `shard_paths`."""
+    counts: list[dict[str, int]]
+    """What became of the sources and clips of each data set in its last packing."""
     removed: list[str]
     """Keys of samples in these shards that were taken down, and so are not among the N."""
+    by_key: np.ndarray
+    """int64: numbers of the first 65,536 samples (or all) in the order of their keys, which is a fair draw."""
     keys: np.ndarray
-    """Fixed-width unicode."""
+    """Fixed-width bytes, UTF-8; `key` gives one as text."""
     source: np.ndarray
-    """Fixed-width unicode: first 16 hex digits of the source's SHA-256."""
+    """Fixed-width bytes: first 16 hex digits of the source's SHA-256."""
     ext: np.ndarray
-    """Fixed-width unicode: mp4, png, jpg or webp."""
+    """Fixed-width bytes: mp4, png, jpg or webp."""
     shard: np.ndarray
     """int32: place in `shard_paths`."""
     media_offset: np.ndarray
@@ -50,69 +72,158 @@ class Index:
     """int32: pixels."""
     fps: np.ndarray
     """float64: frames per second."""
+    folder: Path | None = None
+    """Where the columns are mapped from; None in memory."""
 
     def __post_init__(self) -> None:
         shape = self.keys.shape
         for item in fields(self):
             column = getattr(self, item.name)
-            if isinstance(column, np.ndarray) and (column.ndim != 1 or column.shape != shape):
+            if item.name in COLUMNS and (column.ndim != 1 or column.shape != shape):
                 raise ValueError(f"{item.name} has shape {column.shape}, keys has {shape}")
-        if len(self.shard_paths) != len(self.shard_sha256):
-            raise ValueError("shard_paths and shard_sha256 differ in length")
+        if not len(self.shard_paths) == len(self.shard_sha256) == sum(self.set_shards):
+            raise ValueError("shard_paths, shard_sha256 and set_shards differ in length")
 
     def __len__(self) -> int:
         return len(self.keys)
 
     @classmethod
-    def load(cls, folder: Path, split: str) -> Self:
-        """Read the index of one split ("train" or "validation"); a split that holds nothing gives an empty index.
+    def load(cls, folders: Path | Sequence[Path], split: str) -> Self:
+        """Read one split ("train" or "validation") into memory; one that holds nothing gives an empty index.
 
+        folders: one data set, or several, whose samples are numbered through.
         Raises UserError, with the file and the cure, if the manifest, a shard or an index is missing, if one is not
         as the manifest says, or if packing has not finished.
         """
-        manifest = Manifest.load(folder)
-        if manifest.pending and not manifest.shards:
-            raise UserError(f"{folder}: packing was interrupted; `sora-data run` with the same arguments finishes it.")
-        entries = [entry for entry in manifest.shards if entry.split == split]
-        tables = [read_index(folder, entry) for entry in entries]
-        table = pa.concat_tables([INDEX_SCHEMA.empty_table(), *tables])
-        columns = {name: table[name].to_numpy(zero_copy_only=False) for name in INDEX_SCHEMA.names}
-        for old, new in (("key", "keys"), ("source", "source"), ("ext", "ext")):
-            columns[new] = columns.pop(old).astype(np.str_)
-        columns["shard"] = np.repeat(np.arange(len(entries), dtype=np.int32), [entry.samples for entry in entries])
-        gone = np.isin(columns["keys"], manifest.removed_keys) | np.isin(columns["source"], manifest.removed_sources)
+        folders = [folders] if isinstance(folders, Path) else list(folders)
+        manifests = [load_manifest(folder) for folder in folders]
+        parts = [{name: np.empty(0, kind) for name, kind in COLUMNS.items()}]
+        removed: list[str] = []
+        for part, gone in read_parts(folders, manifests, split):
+            parts.append(part)
+            removed += gone
+        columns = {name: np.concatenate([part[name] for part in parts]) for name in COLUMNS}
+        entries = [entries_of(manifest, split) for manifest in manifests]
         return cls(
-            shard_paths=[folder / entry.path for entry in entries],
-            shard_sha256=[entry.sha256 for entry in entries],
-            removed=columns["keys"][gone].tolist(),
-            **{name: column[~gone] for name, column in columns.items()},
+            shard_paths=[folder / one.path for folder, some in zip(folders, entries, strict=True) for one in some],
+            shard_sha256=[one.sha256 for some in entries for one in some],
+            set_shards=[len(some) for some in entries],
+            counts=[manifest.counts for manifest in manifests],
+            removed=removed,
+            folder=None,
+            by_key=np.argsort(columns["keys"], kind="stable")[:BY_KEY],
+            **columns,
         )
+
+    def key(self, sample: int) -> str:
+        """The key of a sample."""
+        return bytes(self.keys[sample]).decode()
+
+    def set_samples(self) -> list[int]:
+        """Number of samples of each data set."""
+        ends = np.searchsorted(self.shard, np.cumsum(self.set_shards))
+        return np.diff(ends, prepend=0).tolist()
 
     def fingerprint(self) -> str:
         """SHA-256 over the shards' checksums, in order, and what was taken down: equal if the samples are."""
         return hashlib.sha256("\n".join([*self.shard_sha256, *self.removed]).encode()).hexdigest()
 
 
+def load_manifest(folder: Path) -> Manifest:
+    """The manifest of a data set that can be read. Raises UserError if its first packing has not finished."""
+    manifest = Manifest.load(folder)
+    if manifest.pending and not manifest.shards:
+        raise UserError(f"{folder}: packing was interrupted; `sora-data run` with the same arguments finishes it.")
+    return manifest
+
+
+def entries_of(manifest: Manifest, split: str) -> list[ShardEntry]:
+    """The shards of one split."""
+    return [entry for entry in manifest.shards if entry.split == split]
+
+
+def read_parts(
+    folders: Sequence[Path], manifests: Sequence[Manifest], split: str
+) -> Iterator[tuple[dict[str, np.ndarray], list[str]]]:
+    """Columns of one split of data sets, in pieces of some shards each, and the keys that were left out of each.
+
+    Raises UserError as `read_index` does.
+    """
+    first = 0
+    with ThreadPoolExecutor(8) as pool:
+        for folder, manifest in zip(folders, manifests, strict=True):
+            entries = entries_of(manifest, split)
+            hidden_keys = np.array(sorted(key.encode() for key in manifest.removed_keys), dtype="S")
+            hidden_sources = np.array(sorted(one.encode() for one in manifest.removed_sources), dtype="S")
+            for start in range(0, len(entries), GROUP):
+                group = entries[start : start + GROUP]
+                tables = list(pool.map(read_index, [folder] * len(group), group))
+                part = _columns(pa.concat_tables(tables))
+                numbers = np.arange(first + start, first + start + len(group), dtype=np.int32)
+                part["shard"] = np.repeat(numbers, [entry.samples for entry in group])
+                gone = np.zeros(len(part["keys"]), dtype=bool)
+                if len(hidden_keys) or len(hidden_sources):
+                    gone = np.isin(part["keys"], hidden_keys) | np.isin(part["source"], hidden_sources)
+                removed = [key.decode() for key in part["keys"][gone].tolist()]
+                yield {name: column[~gone] for name, column in part.items()}, removed
+            first += len(entries)
+
+
 def read_index(folder: Path, entry: ShardEntry) -> pa.Table:
     """One shard's table, after a check that both files are those of the manifest (the tar by its size alone)."""
-    cure = "restore it, or pack the videos again with `sora-data run`"
-    for name in (entry.path, entry.index):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder / name}: named in the manifest but missing; {cure}.")
-    if (size := (folder / entry.path).stat().st_size) != entry.bytes:
-        raise UserError(f"{folder / entry.path}: has {size} bytes, not the manifest's {entry.bytes}; {cure}.")
-    content = (folder / entry.index).read_bytes()
+    check_shard(folder / entry.path, entry.bytes)
+    path = folder / entry.index
+    if not path.is_file():
+        raise UserError(f"{path}: named in the manifest but missing; {_CURE}.")
+    content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != entry.index_sha256:
-        raise UserError(f"{folder / entry.index}: is not as it was written (SHA-256 differs); {cure}.")
+        raise UserError(f"{path}: is not as it was written (SHA-256 differs); {_CURE}.")
     try:
-        table = pq.read_table(pa.BufferReader(content), schema=INDEX_SCHEMA)
+        table = pq.read_table(pa.BufferReader(content), schema=INDEX_SCHEMA, use_threads=False)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{folder / entry.index}: is no index ({error}); {cure}.") from None
+        raise UserError(f"{path}: is no index ({error}); {_CURE}.") from None
     if table.num_rows != entry.samples:
-        raise UserError(f"{folder / entry.index}: has {table.num_rows} rows, not {entry.samples}; {cure}.")
+        raise UserError(f"{path}: has {table.num_rows} rows, not {entry.samples}; {_CURE}.")
     if fault := _fault(table, entry.bytes):
-        raise UserError(f"{folder / entry.index}: {fault}; do not use it, whoever made it may mean harm.")
+        raise UserError(f"{path}: {fault}; do not use it, whoever made it may mean harm.")
     return table
+
+
+def check_shard(path: Path, size: int) -> None:
+    """Raise UserError unless the shard is there with its size in bytes."""
+    try:
+        found = path.stat().st_size
+    except FileNotFoundError:
+        raise UserError(f"{path}: named in the manifest but missing; {_CURE}.") from None
+    if found != size:
+        raise UserError(f"{path}: has {found} bytes, not the manifest's {size}; {_CURE}.")
+
+
+_CURE = "restore it, or pack the videos again with `sora-data run`"
+
+
+def _columns(table: pa.Table) -> dict[str, np.ndarray]:
+    """The columns of index files as arrays, under the names of `Index`."""
+    columns = {}
+    for name, kind in zip(INDEX_SCHEMA.names, INDEX_SCHEMA.types, strict=True):
+        column = table[name]
+        columns[{"key": "keys"}.get(name, name)] = (
+            _fixed_width(column) if kind == pa.string() else column.to_numpy(zero_copy_only=False)
+        )
+    return columns
+
+
+def _fixed_width(column: pa.ChunkedArray) -> np.ndarray:
+    """Texts as UTF-8 bytes of the longest one's width."""
+    texts = pa.concat_arrays([pa.array([], pa.large_string()), *column.cast(pa.large_string()).chunks])
+    _, offset_buffer, data = texts.buffers()
+    offsets = np.frombuffer(offset_buffer, np.int64, len(texts) + 1, 8 * texts.offset)
+    lengths = np.diff(offsets)
+    width = max(1, int(lengths.max(initial=0)))
+    fixed = np.zeros((len(texts), width), dtype=np.uint8)
+    if len(texts) and data is not None:
+        fixed[np.arange(width) < lengths[:, None]] = np.frombuffer(data, np.uint8)[offsets[0] : offsets[-1]]
+    return fixed.view(f"S{width}")[:, 0]
 
 
 def _fault(table: pa.Table, size: int) -> str:

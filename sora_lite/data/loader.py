@@ -7,7 +7,7 @@ Shapes: B samples of a rank's micro-batch, T frames, H W pixels.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sora_lite.data.buckets import Row, assign, spare_frames
+from sora_lite.data.buckets import Row, spare_frames
+from sora_lite.data.compiled import open_buckets
 from sora_lite.data.index import Index
 from sora_lite.data.order import MicroStep, Order, hash_seed, rank_positions
 from sora_lite.data.shards import DamagedSample, ShardReader
@@ -158,7 +159,7 @@ class _MicroBatches(Dataset[ClipBatch | str]):
             if self.flip and hash_seed(self.seed, step, position, "flip") % 2:
                 frames = mirror(frames)
             clips.append(frames)
-            keys.append(str(self.reader.index.keys[sample]))
+            keys.append(self.reader.index.key(sample))
             choices = clip.captions or [""]
             captions.append(choices[hash_seed(self.seed, step, position, "caption") % len(choices)])
             labels.append(clip.label)
@@ -183,7 +184,7 @@ class _MicroBatches(Dataset[ClipBatch | str]):
             except (DamagedSample, BadVideo) as error:
                 index = self.reader.index
                 shard = index.shard_paths[int(index.shard[sample])].name
-                bad.append(BadSample(key=str(index.keys[sample]), shard=shard, reason=str(error)))
+                bad.append(BadSample(key=index.key(sample), shard=shard, reason=str(error)))
                 sample = self.order.replacement(micro.bucket, step, position, attempt)
         raise UserError(
             f"{bad[-1].shard}: {MAX_REPLACEMENTS} samples in a row are damaged (the last: {bad[-1].reason}); "
@@ -197,6 +198,7 @@ class ClipLoader:
     Args:
         index: of one split.
         rows: bucket table with batches decided (`buckets.rows_from`).
+        weights, image_ratio: how the index's data sets, stills and clips are mixed (`order.Order`).
         fps: target rate, None for each clip's own.
         seed, block_shards, flip: as configured.
         rank, world_size, accumulation: how each batch is divided.
@@ -224,20 +226,21 @@ class ClipLoader:
         cache_bytes: int,
         pin: bool,
         decoder: str = "pyav",
+        weights: Sequence[float] | None = None,
+        image_ratio: float | None = None,
     ) -> None:
-        buckets = assign(
-            rows,
-            keys=index.keys,
-            frames=index.frames,
-            height=index.height,
-            width=index.width,
-            own_fps=index.fps,
-            fps=fps,
-        )
+        buckets = open_buckets(index, rows, fps)
         for bucket in buckets:
             rank_positions(bucket.batch, rank=rank, world_size=world_size, accumulation=accumulation)
         self.index = index
-        self.order = Order(buckets, index.shard, seed=seed, block_shards=block_shards)
+        self.order = Order(
+            buckets,
+            seed=seed,
+            block_shards=block_shards,
+            set_shards=index.set_shards,
+            weights=weights,
+            image_ratio=image_ratio,
+        )
         self.accumulation = accumulation
         self._workers, self._pin = workers, pin
         reader = ClipReader(index, fps=fps, cache_bytes=cache_bytes, decoder=decoder)

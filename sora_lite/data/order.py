@@ -1,20 +1,34 @@
 """Which sample is in which global step: a pure function of (buckets, seed, step). Pure NumPy, no I/O.
 
-Every bucket has an endless sequence: pass after pass over its samples, each pass block-shuffled anew. The k-th step of
-a bucket takes places [k * batch, (k+1) * batch) of its sequence, so within a bucket every sample comes once per pass,
-no remainder is dropped, and a step may span two passes. Steps choose their bucket by a shuffled cycle in which each
-bucket comes as often as it has batches. Nothing depends on ranks, workers or history: resuming at a step costs nothing.
+Within a bucket each data set has an endless sequence: pass after pass over its samples there, each pass block-shuffled
+anew. The k-th step of a bucket takes the next places of each of these sequences, as many as the data set's share says,
+so that every sample comes once per pass of its data set, no remainder is dropped, and a step may span two passes.
+Which bucket a step has follows from the buckets' shares in the same way, shuffled within cycles of steps. Shares are
+exact fractions, and how many of the first n went to whom is computed from n alone (`apportion`). Nothing depends on
+ranks, workers or history: resuming at a step costs nothing.
+
+A pass is shuffled in two stages: the shards, and then the samples within blocks of `block_shards` shuffled shards. So
+reads stay within a few shards at a time, and no permutation over all samples is ever made: a look-up costs a shuffle of
+one block's samples and, once per pass, one of the shards' numbers. How far that is from a full shuffle: a sample's
+place in a pass says nothing about its shard, but two samples of one shard lie within one block of each other, on
+average a third of a block apart where a full shuffle has a third of the pass; their ratio is block_shards / shards.
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from fractions import Fraction
+from functools import cache, lru_cache
+from typing import Any
 
 import numpy as np
 
 from sora_lite.data.buckets import Bucket
 from sora_lite.errors import UserError
+
+CYCLE = 128
+"""Steps within which the buckets' turns are shuffled."""
 
 
 def hash_seed(*parts: int | str) -> int:
@@ -35,78 +49,217 @@ class MicroStep:
     bucket: int
 
 
+def apportion(total: int, shares: Sequence[int]) -> list[int]:
+    """How many of the first `total` turns each party has, where their shares are in proportion to `shares` (>= 0).
+
+    Webster's method: turns go out one by one, party d's m-th (from 0) at time (2m + 1) / shares[d]. The counts add up
+    to `total`, never fall as it grows, and need no history. A party with the part q = shares[d] / sum(shares), one of D
+    that are above 0, is off q * total by at most 1/2 + q (D - 2) / 2 where D > 1: by less than 1 for up to three.
+    (Rounding cumulative shares down stays within 1 for any D, but lets counts fall where a share is small.)
+    """
+    whole = sum(shares)
+    parties = [d for d, share in enumerate(shares) if share > 0]
+    counts = [
+        (2 * total * share + whole) // (2 * whole) for share in shares
+    ]  # all that are due at time 2 total / whole
+    while sum(counts) < total:
+        counts[min(parties, key=lambda d: (Fraction(2 * counts[d] + 1, shares[d]), d))] += 1
+    while sum(counts) > total:
+        counts[max(parties, key=lambda d: (Fraction(2 * counts[d] - 1, shares[d]), d))] -= 1
+    return counts
+
+
 class Order:
     """The order of a run.
 
     Args:
         buckets: as `buckets.assign` makes them.
-        shards: shard number of every sample of the index.
         seed: of the shuffles.
         block_shards: shards within whose samples a shuffle is full; whole shards are shuffled against each other.
+        set_shards: number of shards of each data set, in the order of their numbers; one data set by default.
+        weights: of the data sets in what a run sees; None for each by its number of samples (in buckets).
+        image_ratio: part of the samples that are stills, in (0, 1): the shares of all buckets of one frame, and of all
+            others, are scaled to it, and the weights hold within each kind. None leaves the shares as they are.
+
+    Raises:
+        UserError: a data set has no sample in any bucket, or an image ratio is given but not both kinds of buckets.
     """
 
-    def __init__(self, buckets: Sequence[Bucket], shards: np.ndarray, *, seed: int, block_shards: int) -> None:
+    def __init__(
+        self,
+        buckets: Sequence[Bucket],
+        *,
+        seed: int,
+        block_shards: int,
+        set_shards: Sequence[int] | None = None,
+        weights: Sequence[float] | None = None,
+        image_ratio: float | None = None,
+    ) -> None:
         self.buckets = list(buckets)
         self.seed = seed
-        self._shards = shards
         self._block_shards = block_shards
-        self._per_cycle = np.array([max(1, round(len(b.samples) / b.batch)) for b in self.buckets])
-        self._permutation = lru_cache(maxsize=2 * len(self.buckets))(self._permute)
+        if set_shards is None:
+            set_shards = [1 + max(int(bucket.shards[-1]) for bucket in self.buckets)]
+        if weights is not None and len(weights) != len(set_shards):
+            raise ValueError(f"{len(weights)} weights for {len(set_shards)} data sets")
+        self._weights, self._image_ratio = weights, image_ratio
+        bounds = np.concatenate([[0], np.cumsum(set_shards)])
+        # Data set d has the shards runs[d]:runs[d + 1] of a bucket, places in bucket.shards.
+        self._runs = [np.searchsorted(bucket.shards, bounds).tolist() for bucket in self.buckets]
+        self._counts = [
+            np.diff(bucket.starts[runs]).tolist() for bucket, runs in zip(self.buckets, self._runs, strict=True)
+        ]
+        self.set_samples = [sum(column) for column in zip(*self._counts, strict=True)]
+        """Samples of each data set that are in a bucket."""
+        for number, samples in enumerate(self.set_samples):
+            if samples == 0:
+                raise UserError(
+                    f"data.sets[{number}]: none of its samples goes to a bucket; change data.buckets or leave it out"
+                )
+        masses = self._masses()
+        self._set_shares = [_integers(row) for row in masses]
+        self._bucket_shares = _integers(
+            [sum(row, Fraction(0)) / bucket.batch for row, bucket in zip(masses, self.buckets, strict=True)]
+        )
+        streams = 2 * len(self.buckets) * len(self.set_samples)
+        self._pass = lru_cache(maxsize=streams)(self._shuffle_shards)
+        self._block = lru_cache(maxsize=streams)(self._shuffle_block)
         self._cycle = lru_cache(maxsize=2)(self._shuffle_cycle)
+        self._fingerprint = cache(self._hash_all)
 
     def step(self, step: int) -> list[MicroStep]:
         """The micro-steps of a global step (one)."""
-        number, earlier = self._bucket_of(step)
+        cycle, place = divmod(step, CYCLE)
+        turns, earlier = self._cycle(cycle)
+        number = int(turns[place])
         bucket = self.buckets[number]
-        places = np.arange(earlier * bucket.batch, (earlier + 1) * bucket.batch)
-        passes, offsets = np.divmod(places, len(bucket.samples))
-        samples = np.empty(len(places), dtype=np.int64)
-        for one in np.unique(passes):
-            chosen = passes == one
-            samples[chosen] = self._permutation(number, int(one))[offsets[chosen]]
+        one = earlier[number] + int((turns[:place] == number).sum())
+        before = apportion(one * bucket.batch, self._set_shares[number])
+        after = apportion((one + 1) * bucket.batch, self._set_shares[number])
+        parts: list[np.ndarray] = []
+        for data_set, (start, stop) in enumerate(zip(before, after, strict=True)):
+            parts += self._places(number, data_set, start, stop)
+        samples = np.concatenate(parts)
+        if len(self.set_samples) > 1:
+            samples = self._generator("positions", number, one).permutation(samples)
         return [MicroStep(shape=bucket.shape, samples=samples, bucket=number)]
 
-    def passes(self, step: int) -> float:
-        """How often the samples of this step's bucket have been seen when the step ends."""
-        number, earlier = self._bucket_of(step)
-        return (earlier + 1) * self.buckets[number].batch / len(self.buckets[number].samples)
+    def passes(self, step: int) -> list[float]:
+        """How often the samples of each data set have been seen when this step ends, on average over its buckets."""
+        cycle, place = divmod(step, CYCLE)
+        turns, earlier = self._cycle(cycle)
+        steps = np.array(earlier) + np.bincount(turns[: place + 1], minlength=len(self.buckets))
+        taken = [
+            apportion(int(count) * bucket.batch, shares)
+            for count, bucket, shares in zip(steps, self.buckets, self._set_shares, strict=True)
+        ]
+        return [
+            sum(column) / samples for column, samples in zip(zip(*taken, strict=True), self.set_samples, strict=True)
+        ]
 
     def replacement(self, bucket: int, step: int, position: int, attempt: int) -> int:
         """A sample of the same bucket to stand in for a damaged one: again a pure function."""
         samples = self.buckets[bucket].samples
         return int(samples[hash_seed(self.seed, step, position, "replacement", attempt) % len(samples)])
 
+    def set_share(self, data_set: int) -> float:
+        """Part of all samples of a long run that come from a data set."""
+        parts = [
+            Fraction(turns * bucket.batch * shares[data_set], sum(shares))
+            for turns, bucket, shares in zip(self._bucket_shares, self.buckets, self._set_shares, strict=True)
+        ]
+        whole = sum(turns * bucket.batch for turns, bucket in zip(self._bucket_shares, self.buckets, strict=True))
+        return float(sum(parts, Fraction(0)) / whole)
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the order besides seed and samples, for people who look for a difference. JSON."""
+        return {
+            "buckets": [
+                "{}x{}x{}: {:,} samples, {} a batch".format(*bucket.shape, len(bucket.samples), bucket.batch)
+                for bucket in self.buckets
+            ],
+            "block_shards": self._block_shards,
+            "samples": self.set_samples,
+            "weights": None if self._weights is None else list(self._weights),
+            "image_ratio": self._image_ratio,
+        }
+
     def fingerprint(self) -> str:
         """SHA-256 over all that the order depends on besides the step; a run resumes only under the same."""
-        digest = hashlib.sha256(f"{self.seed} {self._block_shards}".encode())
-        digest.update(self._shards.astype(np.int64).tobytes())
-        for bucket in self.buckets:
-            digest.update(f"{bucket.shape} {bucket.batch}".encode())
-            digest.update(bucket.samples.astype(np.int64).tobytes())
+        return self._fingerprint()
+
+    def _hash_all(self) -> str:
+        digest = hashlib.sha256(f"{self.seed} {self._block_shards} {CYCLE} {self._bucket_shares}".encode())
+        for bucket, runs, shares in zip(self.buckets, self._runs, self._set_shares, strict=True):
+            digest.update(f"{bucket.shape} {bucket.batch} {runs} {shares} {bucket.fingerprint()}".encode())
         return digest.hexdigest()
 
-    def _bucket_of(self, step: int) -> tuple[int, int]:
-        """(bucket of a step, how many earlier steps had the same bucket)."""
-        cycle, place = divmod(step, int(self._per_cycle.sum()))
-        cycle_buckets = self._cycle(cycle)
-        number = int(cycle_buckets[place])
-        within = int((cycle_buckets[:place] == number).sum())
-        return number, cycle * int(self._per_cycle[number]) + within
+    def _masses(self) -> list[list[Fraction]]:
+        """Part of the samples of a long run, up to a common factor, for each bucket and data set."""
+        rates = [Fraction(1)] * len(self.set_samples)  # how often one sample of a data set is taken
+        if self._weights is not None:
+            rates = [Fraction(str(w)) / n for w, n in zip(self._weights, self.set_samples, strict=True)]
+        masses = [[count * rate for count, rate in zip(row, rates, strict=True)] for row in self._counts]
+        if self._image_ratio is None:
+            return masses
+        ratio = Fraction(str(self._image_ratio))
+        still = [bucket.shape[0] == 1 for bucket in self.buckets]
+        if len(set(still)) < 2:
+            raise UserError(
+                f"data.image_ratio: {self._image_ratio} needs rows of data.buckets with 1 frame and rows with more; "
+                "add one, or set data.image_ratio=null"
+            )
+        whole = {kind: sum(sum(row) for row, one in zip(masses, still, strict=True) if one == kind) for kind in still}
+        part = {True: ratio / whole[True], False: (1 - ratio) / whole[False]}
+        return [[mass * part[kind] for mass in row] for row, kind in zip(masses, still, strict=True)]
 
-    def _shuffle_cycle(self, cycle: int) -> np.ndarray:
-        steps = np.repeat(np.arange(len(self.buckets)), self._per_cycle)
-        return self._generator("cycle", cycle).permutation(steps)
+    def _shuffle_cycle(self, cycle: int) -> tuple[np.ndarray, list[int]]:
+        """(bucket of each step of a cycle, how many steps each bucket had before)."""
+        earlier = apportion(cycle * CYCLE, self._bucket_shares)
+        later = apportion((cycle + 1) * CYCLE, self._bucket_shares)
+        turns = np.repeat(np.arange(len(self.buckets)), np.subtract(later, earlier))
+        return self._generator("cycle", cycle).permutation(turns), earlier
 
-    def _permute(self, number: int, one_pass: int) -> np.ndarray:
-        """Samples of a bucket in the order of one pass: shards shuffled, then samples within blocks of shards."""
-        samples = self.buckets[number].samples
-        generator = self._generator("pass", number, one_pass)
-        shards, shard_of = np.unique(self._shards[samples], return_inverse=True)
-        block = generator.permutation(len(shards))[shard_of] // self._block_shards
-        return samples[np.lexsort((generator.random(len(samples)), block))]
+    def _places(self, number: int, data_set: int, start: int, stop: int) -> list[np.ndarray]:
+        """Samples at the places start, ..., stop - 1 of the sequence of a data set in a bucket, in pieces."""
+        count = self._counts[number][data_set]
+        pieces = []
+        while start < stop:
+            one_pass, offset = divmod(start, count)
+            _, ends = self._pass(number, data_set, one_pass)
+            block = int(np.searchsorted(ends, offset, side="right"))
+            samples = self._block(number, data_set, one_pass, block)
+            first = offset - int(ends[block]) + len(samples)
+            pieces.append(samples[first : first + stop - start])
+            start += len(pieces[-1])
+        return pieces
+
+    def _shuffle_shards(self, number: int, data_set: int, one_pass: int) -> tuple[np.ndarray, np.ndarray]:
+        """(places in bucket.shards in the order of a pass, place in the pass where each block of them ends)."""
+        low, high = self._runs[number][data_set : data_set + 2]
+        order = self._generator("pass", number, data_set, one_pass).permutation(high - low)
+        sizes = np.diff(self.buckets[number].starts[low : high + 1])[order]
+        blocks = np.add.reduceat(sizes, np.arange(0, len(sizes), self._block_shards))
+        return (low + order).astype(np.int32), np.cumsum(blocks)
+
+    def _shuffle_block(self, number: int, data_set: int, one_pass: int, block: int) -> np.ndarray:
+        """Samples of a block of shards in the order of a pass."""
+        order, _ = self._pass(number, data_set, one_pass)
+        bucket = self.buckets[number]
+        shards = order[block * self._block_shards : (block + 1) * self._block_shards]
+        samples = np.concatenate([bucket.samples[bucket.starts[one] : bucket.starts[one + 1]] for one in shards])
+        return self._generator("block", number, data_set, one_pass, block).permutation(samples)
 
     def _generator(self, *purpose: int | str) -> np.random.Generator:
         return np.random.Generator(np.random.PCG64(hash_seed(self.seed, "order", *purpose)))
+
+
+def _integers(parts: Sequence[Fraction]) -> list[int]:
+    """The smallest integers in the same proportion."""
+    scale = math.lcm(*(part.denominator for part in parts))
+    whole = [int(part * scale) for part in parts]
+    divisor = math.gcd(*whole)
+    return [one // divisor for one in whole]
 
 
 def rank_positions(batch: int, *, rank: int, world_size: int, accumulation: int) -> list[np.ndarray]:

@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -118,6 +119,21 @@ class Rank:
         for rank, (mendable, kind, message) in failed:
             raise UserError(message) if mendable else RuntimeError(f"rank {rank} failed: {kind}: {message}")
         return result
+
+    def main_first(self, work: Callable[[], Result], *, patience: float = 30.0) -> Result:
+        """Do `work` (which holds no collective) on rank 0, then on the others, and return each rank's result.
+
+        What rank 0 does may take longer than a process group lets its members wait: they meet every `patience` seconds.
+        Raises as `together` does.
+        """
+        if self.world_size == 1:
+            return work()
+        with ThreadPoolExecutor(1) as pool:
+            first = pool.submit(work) if self.is_main else None
+            while not self.gather(first is None or bool(wait([first], patience).done))[0]:
+                pass
+        self.together(lambda: first.result() if first else None)
+        return self.together(lambda: first.result() if first else work())
 
 
 def _integer(environment: Mapping[str, str], name: str) -> int:

@@ -77,16 +77,16 @@ class Objective(Protocol):
 class HeldOut:
     """A fixed set of clips, divided over the ranks into equally many batches.
 
-    Of the samples that are long enough, the set is the first `count` by key order (keys are hashes: a fair draw). Where
-    ranks do not divide it, some clips come twice, the second time with weight 0.
+    Of the samples in `Index.by_key` that are long enough, the set is the first `count` (keys are hashes: a fair draw).
+    Where ranks do not divide it, some clips come twice, the second time with weight 0.
     """
 
     def __init__(
         self, index: Index, *, count: int, shape: tuple[int, int, int], fps: float | None, rank: Rank, batch: int
     ) -> None:
         self._reader = ClipReader(index, fps=fps, cache_bytes=0)
-        fitting = np.flatnonzero(frames_at(index.frames, index.fps, fps) >= shape[0])
-        chosen = fitting[np.argsort(index.keys[fitting])[:count]]
+        first = index.by_key
+        chosen = first[frames_at(index.frames[first], index.fps[first], fps) >= shape[0]][:count]
         self.count = len(chosen)
         self.shape = shape
         self._shape, self._rank, self._batch = shape, rank, batch
@@ -109,7 +109,7 @@ class HeldOut:
         except (DamagedSample, BadVideo) as error:
             index = self._reader.index
             shard = index.shard_paths[int(index.shard[sample])].name
-            tqdm.write(f"{shard}: sample {index.keys[sample]} does not count in validation or statistics: {error}")
+            tqdm.write(f"{shard}: sample {index.key(sample)} does not count in validation or statistics: {error}")
             self._weights[place] = 0
             return Clip(frames=np.zeros((*self._shape, 3), np.uint8), captions=[], label=-1)
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from sora_lite.config import BaseTrainConfig, DataConfig
 from sora_lite.data.buckets import rows_from
+from sora_lite.data.compiled import open_buckets, open_index
 from sora_lite.data.index import Index
 from sora_lite.data.loader import BadSample, ClipBatch, ClipLoader
 from sora_lite.errors import UserError
@@ -77,7 +78,7 @@ class Trainer:
         self.config, self.objective, self.rank = config, objective, rank
         self.folder = Path(config.run.root) / config.run.name
         self.checkpoints = self.folder / "checkpoints"
-        index = load_split(config.data, "train")
+        index = load_split(config.data, "train", rank)
         self.loader = make_loader(config, index, objective, rank)
         bucket = self.loader.order.buckets[0]
         micro = bucket.batch // rank.world_size // config.parallel.accumulation
@@ -85,7 +86,7 @@ class Trainer:
         def held_out(index: Index, count: int) -> HeldOut:
             return HeldOut(index, count=count, shape=bucket.shape, fps=config.data.fps, rank=rank, batch=micro)
 
-        validation = load_split(config.data, "validation", required=False)
+        validation = load_split(config.data, "validation", rank, required=False)
         self.validation = held_out(validation, config.run.validation_samples)
         self.statistics = held_out(index, STATISTICS_SAMPLES)
         if config.parallel.activation_checkpointing:
@@ -175,10 +176,10 @@ class Trainer:
         limit = self.config.data.max_bad_fraction
         # This rank's share of what was seen; a handful is no ground to stop.
         if self.bad > 10 and self.bad * self.rank.world_size > limit * self.seen:
+            verify = ", ".join(f"`sora-data verify {folder}`" for folder in self.config.data.folders)
             raise UserError(
                 f"data.max_bad_fraction: {self.bad} damaged samples so far on rank {self.rank.rank}, more than "
-                f"{limit:.2%} (the last: {bad[-1].shard}, {bad[-1].reason}); "
-                f"run `sora-data verify {self.config.data.shards}`"
+                f"{limit:.2%} (the last: {bad[-1].shard}, {bad[-1].reason}); run {verify}"
             )
 
     # ------------------------------------------------------------------------------------------------ side jobs
@@ -195,8 +196,9 @@ class Trainer:
             "tflops_per_device": speed / 1e12,
             "mfu": speed / self._peak,
             "data_wait": clock.waited / seconds,
-            "pass": self.loader.order.passes(self.step - 1),
         }
+        passes = self.loader.order.passes(self.step - 1)
+        values |= {"pass": passes[0]} if len(passes) == 1 else {f"pass_{i}": one for i, one in enumerate(passes)}
         clock.restart()
         if not math.isfinite(grad_norm):
             self._say(f"step {self.step}: the gradients are not finite, so this update was skipped")
@@ -233,7 +235,12 @@ class Trainer:
         return {
             "kind": self.objective.name,
             "objective": self.objective.state(),
-            "order": [self.loader.order.fingerprint(), self.config.data.fps, self.config.data.flip],
+            "order": {
+                "sha256": self.loader.order.fingerprint(),
+                "fps": self.config.data.fps,
+                "flip": self.config.data.flip,
+                **self.loader.order.settings(),
+            },
             "data": self.loader.index.fingerprint(),
             "seed": self.config.run.seed,
         }
@@ -283,7 +290,7 @@ class Trainer:
             ("objective", "another model or VAE"),
             ("seed", "another run.seed"),
             ("data", "other shards"),
-            ("order", "other data settings (buckets, batch, fps, flip or shuffling)"),
+            ("order", "other data settings (buckets, batch, weights, fps, flip or shuffling)"),
         ):
             if saved[key] != now[key]:
                 raise UserError(
@@ -336,26 +343,33 @@ def _difference(saved: Any, now: Any) -> str:
         return "".join(
             f"{key} was {saved.get(key)}, is {now.get(key)}; "
             for key in sorted(saved.keys() | now.keys())
-            if saved.get(key) != now.get(key) and not isinstance(saved.get(key), dict)
+            if saved.get(key) != now.get(key) and not isinstance(saved.get(key), dict) and key != "sha256"
         ) or "".join(_difference(saved.get(key), now.get(key)) for key in sorted(saved.keys() | now.keys()))
     return ""
 
 
-def load_split(data: DataConfig, split: str, *, required: bool = True) -> Index:
-    """The index of one split of the configured shards."""
-    index = Index.load(Path(data.shards), split)
-    if required and len(index) == 0:
-        raise UserError(f"data.shards: {data.shards} has no {split} samples; pack more videos with `sora-data run`")
+def load_split(data: DataConfig, split: str, rank: Rank, *, required: bool = True) -> Index:
+    """The index of one split of the configured data sets, mapped by every rank. All ranks call it."""
+    folders, cache = [Path(folder) for folder in data.folders], Path(data.cache) if data.cache else None
+    index = rank.main_first(lambda: open_index(folders, split, cache=cache, check=rank.is_main))
+    for number, samples in enumerate(index.set_samples()):
+        if required and samples == 0:
+            raise UserError(
+                f"{data.key_of(number)}: {folders[number]} has no {split} samples; "
+                "pack more videos with `sora-data run`"
+            )
     return index
 
 
 def make_loader(config: BaseTrainConfig, index: Index, objective: Objective, rank: Rank) -> ClipLoader:
-    """The loader of the configured data for this rank."""
+    """The loader of the configured data for this rank. All ranks call it."""
     data = config.data
     rules = [((rule.resolution[0], rule.resolution[1]), rule.frames, rule.keep, rule.batch) for rule in data.buckets]
+    rows = rows_from(rules, objective.tokens, data.batch_tokens, data.divisor)
+    rank.main_first(lambda: open_buckets(index, rows, data.fps))
     return ClipLoader(
         index,
-        rows_from(rules, objective.tokens, data.batch_tokens, data.divisor),
+        rows,
         fps=data.fps,
         seed=config.run.seed,
         block_shards=data.block_shards,
@@ -367,4 +381,6 @@ def make_loader(config: BaseTrainConfig, index: Index, objective: Objective, ran
         cache_bytes=data.cache_mb * 2**20,
         decoder=data.decoder.value,
         pin=torch.device(rank.device).type == "cuda",
+        weights=[row.weight for row in data.sets if row.weight is not None] or None,
+        image_ratio=data.image_ratio,
     )

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import time
 from pathlib import Path
 
 import dist_model as dm
@@ -186,7 +187,7 @@ def test_bf16_and_two_engines_at_once(tmp_path: Path, plain: tuple) -> None:
         assert one == pytest.approx(two, abs=1e-5)
 
 
-def collectives(rank: Rank) -> list:
+def collectives(rank: Rank, folder: Path) -> list:
     """What Rank offers, and that a failure on one rank is raised on all."""
     total = float(rank.sum(torch.tensor([1.0 + rank.rank])))
     mean = rank.mean(torch.tensor([1.0 + rank.rank, 5.0])).tolist()
@@ -199,12 +200,24 @@ def collectives(rank: Rank) -> list:
 
     with pytest.raises(UserError, match="this file is missing"):
         rank.together(fail_on_the_last)
+    with pytest.raises(UserError, match="this file is missing"):
+        rank.main_first(fail_on_the_last)
+    begun = folder / "begun"
+
+    def slow_on_the_first() -> bool:
+        was_there = begun.exists()
+        if rank.is_main:
+            time.sleep(0.2)
+            begun.touch()
+        return was_there
+
+    assert rank.main_first(slow_on_the_first, patience=0.01) == (not rank.is_main)
     rank.barrier()
     return [total, mean, everyone, rank.together(lambda: rank.rank), rank.is_main, rank.backend, str(rank.device)]
 
 
 def test_collectives(tmp_path: Path) -> None:
-    first, second = run_ranks(2, collectives, tmp_path)
+    first, second = run_ranks(2, collectives, tmp_path, tmp_path)
     everyone = [{"rank": 0, "text": ""}, {"rank": 1, "text": "ä"}]
     assert first == [3.0, [1.5, 5.0], everyone, 0, True, "gloo", "cpu"]
     assert second == [3.0, [1.5, 5.0], everyone, 1, False, "gloo", "cpu"]

@@ -11,6 +11,7 @@ from project_tree import ROOT
 @pytest.mark.parametrize(
     ("table", "rows"),
     [
+        ("order", ("compiling", "resident")),
         ("reading", ("webdataset", "sora_lite")),
         ("step", ("ZeRO 0", "ZeRO 3")),
         ("cuts", ("detector=luma", "detector=transnet")),

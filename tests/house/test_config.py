@@ -141,6 +141,31 @@ def test_a_wrong_value_names_its_key(root: str, override: str, says: str) -> Non
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["data.sets=[{shards: a}]", "data.shards=b"], "leave one of them out"),
+        (["data.shards=null"], "data.sets: is empty; name a folder by data.shards"),
+        (["data.sets=[{shards: a, weight: 1}, {shards: b}]"], r"data\.sets\[1\]\.weight: give every"),
+        (["data.sets=[{shards: a, weight: 0}]"], r"data\.sets\[0\]\.weight: must be above 0"),
+        (["data.shards=a", "data.image_ratio=1"], r"data\.image_ratio: lies in"),
+        (["data.shards=a", "data.image_ratio=0.2"], r"data\.image_ratio: 0\.2 needs rows"),
+        (["data.shards=a", "data.buckets=[{resolution: [32, 32], frames: 17, batch: 0}]"], "batch: must be at least 1"),
+    ],
+)
+def test_mixtures_that_cannot_be(overrides: list[str], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        compose("train", ["run.name=trial", "vae_from=vae", *overrides])
+
+
+def test_data_sets_stand_for_shards() -> None:
+    config = compose(
+        "train", ["run.name=trial", "vae_from=vae", "data.sets=[{shards: a, weight: 3}, {shards: b, weight: 1}]"]
+    )
+    assert config.data.folders == ["a", "b"] and config.data.shards is None
+    assert config.data.key_of(1) == "data.sets[1].shards" and [row.weight for row in config.data.sets] == [3, 1]
+
+
 def test_a_missing_value_is_asked_for() -> None:
     with pytest.raises(UserError, match=r"data\.shards"):
         compose("train", ["run.name=trial"])

@@ -35,7 +35,7 @@ ONLY_IN = {
     "torch": ("sora_lite", "data_tools.transnet", "data_tools.score_models"),
 }
 
-TORCH_FREE = {f"sora_lite.data.{name}" for name in ("shards", "index", "video", "order", "buckets")}
+TORCH_FREE = {f"sora_lite.data.{name}" for name in ("shards", "index", "video", "order", "buckets", "compiled")}
 
 
 def room(name: str) -> str | None:

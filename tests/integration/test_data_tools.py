@@ -89,7 +89,7 @@ def samples_of(folder: Path, split: str) -> dict[str, tuple[np.ndarray, dict]]:
             meta = json.loads(
                 reader.read(int(index.json_offset[i]), int(index.json_size[i]), int(index.json_crc32c[i]))
             )
-        samples[str(index.keys[i])] = decode_clip(media, frames=int(index.frames[i])), meta
+        samples[index.key(i)] = decode_clip(media, frames=int(index.frames[i])), meta
     return samples
 
 

@@ -114,6 +114,22 @@ class TestData:
         line = refused(*train_words(tiny, tmp_path, f"data.shards={shards}", f"data.workers={workers}", "run.steps=9"))
         assert "data.max_bad_fraction" in line and f"sora-data verify {shards}" in line
 
+    def test_one_of_several_data_sets(self, tiny: Tiny, tmp_path: Path, refused: Refused) -> None:
+        def with_sets(rows: str) -> str:
+            words = [word for word in train_words(tiny, tmp_path) if not word.startswith("data.shards=")]
+            return refused(*words, f"data.sets={rows}")
+
+        assert "nowhere/manifest.json" in with_sets(f"[{{shards: {tiny.shards}}}, {{shards: nowhere}}]")
+        shards = Path(shutil.copytree(tiny.shards, tmp_path / "shards"))
+        manifest = Manifest.load(shards)
+        manifest.shards = [entry for entry in manifest.shards if entry.split != "train"]
+        manifest.save(shards)
+        line = with_sets(f"[{{shards: {tiny.shards}}}, {{shards: {shards}}}]")
+        assert line.startswith(f"data.sets[1].shards: {shards} has no train samples")
+        line = with_sets("[{shards: a, wieght: 2}]")
+        assert "wieght" in line and "data.sets.weight" in line
+        assert "data.sets[0].shards=..." in with_sets("[{weight: 2}]")
+
     def test_frames_that_no_clip_has(self, tiny: Tiny, tmp_path: Path, refused: Refused) -> None:
         bucket = "data.buckets=[{resolution: [32, 32], frames: 21, batch: 8}]"
         line = refused(*train_words(tiny, tmp_path, bucket))

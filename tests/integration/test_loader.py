@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sora_lite.cli.compose import compose
 from sora_lite.data.buckets import Row
+from sora_lite.data.compiled import open_index
 from sora_lite.data.index import Index
 from sora_lite.data.loader import ClipBatch, ClipLoader
 from sora_lite.errors import UserError
@@ -114,6 +115,42 @@ class TestSameSteps:
             assert batch.video.float().flatten(1).std(1).min() > 10
 
 
+class TestMixture:
+    """Two data sets, clips and stills, in one run."""
+
+    ROWS = (Row(shape=(1, 32, 32), keep=0.5, batch=BATCH), Row(shape=SHAPE, keep=1.0, batch=BATCH))
+
+    def loader(self, folders: list[Path], *, rank: int = 0, world_size: int = 1, workers: int = 0) -> ClipLoader:
+        return ClipLoader(
+            open_index(folders, "train"), list(self.ROWS),
+            fps=None, seed=5, block_shards=2, flip=True, rank=rank, world_size=world_size, accumulation=1,
+            workers=workers, cache_bytes=0, pin=False, weights=[3, 1], image_ratio=0.5,
+        )  # fmt: skip
+
+    @pytest.mark.filterwarnings("ignore:This DataLoader will create")
+    def test_for_any_number_of_ranks_and_workers(self, tiny: Tiny, copy: Path) -> None:
+        folders = [tiny.shards, copy]
+        alone = self.loader(folders)
+        whole = [batch for (batch,) in alone.steps(0, 8)]
+        assert {batch.video.shape[2] for batch in whole} == {1, SHAPE[0]}
+        for world_size, workers, start in ((2, 0, 0), (4, 1, 3), (1, 2, 5)):
+            ranks = [
+                list(self.loader(folders, rank=rank, world_size=world_size, workers=workers).steps(start, 8))
+                for rank in range(world_size)
+            ]
+            for step, batches in enumerate(zip(*ranks, strict=True), start):
+                assert_same(join([batch for (batch,) in batches]), whole[step])
+
+    def test_weights_and_ratio_hold(self, tiny: Tiny, copy: Path) -> None:
+        loader = self.loader([tiny.shards, copy])
+        first = loader.index.set_samples()[0]
+        steps = [loader.order.step(step)[0] for step in range(256)]
+        assert sum(micro.shape[0] == 1 for micro in steps) == 128
+        assert all((micro.samples < first).sum() == 0.75 * BATCH for micro in steps)
+        alike, other = loader.order.passes(255)
+        assert alike == pytest.approx(3 * other, rel=0.01) and loader.order.set_share(0) == 0.75
+
+
 @dataclass
 class Recorder:
     """Stands for an engine: keeps what the model would have been asked."""
@@ -190,8 +227,8 @@ def flip_byte(path: Path, offset: int) -> None:
 def damage(shards: Path, split: str, chosen: Callable[[str], bool], member: str = "media") -> None:
     """Flip a byte in the middle of a member of each chosen sample."""
     index = Index.load(shards, split)
-    for sample, key in enumerate(index.keys):
-        if chosen(str(key)):
+    for sample in range(len(index)):
+        if chosen(index.key(sample)):
             offset, size = getattr(index, f"{member}_offset")[sample], getattr(index, f"{member}_size")[sample]
             flip_byte(index.shard_paths[index.shard[sample]], int(offset + size // 2))
 
@@ -251,7 +288,7 @@ class TestDamage:
 
         ((video, _, weights, _),) = held_out().batches()
         assert weights.tolist() == [1, 1, 1, 1]
-        victim = sorted(Index.load(copy, "validation").keys)[2]
+        victim = sorted(Index.load(copy, "validation").keys)[2].decode()
         damage(copy, "validation", lambda key: key == victim)
         ((damaged, _, weights, _),) = held_out().batches()
         assert weights.tolist() == [1, 1, 0, 1]

@@ -1,5 +1,6 @@
 """What training leaves behind: the statistics that a DiT relies on, and sane losses under bf16."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -75,3 +76,31 @@ def test_bf16_trains_both(stage: int, tiny: Tiny, tmp_path: Path) -> None:
         losses = [line["loss"] for line in read_record(tmp_path / name / RECORD) if "loss" in line]
         assert len(losses) >= 3
         assert all(loss is not None and loss < 4 for loss in losses)
+
+
+def test_data_sets_and_stills_are_mixed(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = shutil.copytree(tiny.shards, tmp_path / "copy", ignore=shutil.ignore_patterns(".cache"))
+
+    def words(steps: int, sets: str, ratio: float = 0.25) -> list[str]:
+        return [
+            "train", "experiment=tiny", f"vae_from={tiny.vae}", f"run.root={tmp_path}", f"run.steps={steps}",
+            f"data.sets={sets}", f"data.image_ratio={ratio}", f"data.cache={tmp_path / 'cache'}",
+            "data.buckets=[{resolution: [32, 32], frames: 1, keep: 0.5, batch: 8}, "
+            "{resolution: [32, 32], frames: 17, batch: 8}]",
+        ]  # fmt: skip
+
+    sets = f"[{{shards: {tiny.shards}, weight: 3}}, {{shards: {copy}, weight: 1}}]"
+    assert call(*words(4, sets)) == 0
+    assert "25.00% of what is seen" in capsys.readouterr().out
+    assert call(*words(8, sets)) == 0
+    lines = [line for line in read_record(tmp_path / "tiny" / RECORD) if "pass_0" in line]
+    assert [line["step"] for line in lines] == list(range(1, 9)) and "pass" not in lines[0]
+    samples = len(Index.load(tiny.shards, "train"))
+    assert [lines[-1]["pass_0"], lines[-1]["pass_1"]] == pytest.approx([48 / samples, 16 / samples])
+    assert {path.name.split("-")[0] for path in (tmp_path / "cache").iterdir()} == {"index"}
+    assert not (copy / ".cache").exists()
+    for other in (words(9, sets.replace("3", "2")), words(9, sets, 0.5), words(9, f"[{{shards: {tiny.shards}}}]")):
+        assert call(*other) == 2
+    errors = capsys.readouterr().err
+    assert "weights was [3.0, 1.0], is [2.0, 1.0]" in errors and "image_ratio was 0.25, is 0.5" in errors
+    assert errors.count("give run.name another name") == 3 and "other shards" in errors

@@ -80,7 +80,7 @@ def test_one_process_alone() -> None:
         assert (rank.rank, rank.world_size, rank.is_main, rank.device.type) == (0, 1, True, "cpu")
         assert rank.gather({"a": [1, "ä"]}) == [{"a": [1, "ä"]}]
         assert rank.mean(torch.tensor([2.0])).tolist() == [2.0]
-        assert rank.together(lambda: 5) == 5
+        assert rank.together(lambda: 5) == 5 and rank.main_first(lambda: 6) == 6
         rank.barrier()
         with pytest.raises(RuntimeError, match="already joined"):
             init_rank("cpu")

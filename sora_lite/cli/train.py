@@ -11,6 +11,7 @@ from sora_lite.errors import UserError
 from sora_lite.generation.export import load_vae
 from sora_lite.generation.export import write as write_export
 from sora_lite.parallel.env import Rank, init_rank, shutdown
+from sora_lite.training.engine import release_groups
 from sora_lite.training.objective import Objective
 from sora_lite.training.objective_dit import DiTObjective
 from sora_lite.training.objective_vae import VAEObjective
@@ -24,6 +25,7 @@ def main(config: TrainConfig | TrainVAEConfig) -> None:
         train(config, rank)
     finally:
         shutdown()
+        release_groups()
 
 
 def train(config: TrainConfig | TrainVAEConfig, rank: Rank) -> None:

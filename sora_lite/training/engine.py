@@ -26,6 +26,7 @@ DeepSpeed's private fields are read in this file only, and were checked against 
 import contextlib
 import io
 import math
+import sys
 import os
 import warnings
 from collections.abc import Iterator
@@ -386,6 +387,15 @@ class Engine:
     def destroy(self) -> None:
         """Take DeepSpeed's hooks off the module. The engine is of no use afterwards."""
         self._ds.destroy()
+
+
+def release_groups() -> None:
+    """Let go of the process groups, after they were destroyed. DeepSpeed keeps them, and their threads, for ever.
+
+    Threads that outlive the interpreter were seen to abort a process that had trained to its end.
+    """
+    if "deepspeed" in sys.modules:  # else no engine was made
+        sys.modules["deepspeed"].utils.groups._release_process_group_references()
 
 
 def _settings(optim: OptimConfig, parallel: ParallelConfig, rank: Rank, micro_batch: int, numel: int) -> dict[str, Any]:

@@ -26,8 +26,8 @@ DeepSpeed's private fields are read in this file only, and were checked against 
 import contextlib
 import io
 import math
-import sys
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass

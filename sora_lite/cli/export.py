@@ -1,9 +1,11 @@
 """`sora-lite export`: a run's newest checkpoint as safetensors with a contract, for inference."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from sora_lite.config import ExportConfig
+from sora_lite.diffusion.process import Process
 from sora_lite.errors import UserError
 from sora_lite.generation import export as exports
 from sora_lite.models.vae import CausalVAE
@@ -54,7 +56,7 @@ def export(run: Path, out: Path | None, weights: str) -> Path:
         contract |= {
             "architecture": objective["model"],
             "vae_fingerprint": objective["vae_fingerprint"],
-            "shift": extra["config"]["diffusion"]["shift"],
+            "diffusion": {one.name: extra["config"]["diffusion"][one.name] for one in fields(Process)},
         }
     exports.write(out, exports.Contract(**contract), tensors)
     return out

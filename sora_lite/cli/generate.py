@@ -11,6 +11,7 @@ from sora_lite.data.index import Index
 from sora_lite.data.loader import ClipReader
 from sora_lite.data.shards import Manifest
 from sora_lite.data.video import write_mp4
+from sora_lite.diffusion.process import Process
 from sora_lite.errors import UserError
 from sora_lite.evaluation.page import PageClip, contact_sheet, loss_plot, write_page
 from sora_lite.evaluation.record import RECORD
@@ -29,13 +30,15 @@ def main(config: GenerateConfig) -> None:
     check(config)
     requests = make_requests(config.prompts, config.labels, config.count)
     dit, vae, contract = load_dit(Path(config.model_from))
-    pipeline = Pipeline(dit, vae, contract.shift, local_device())
+    pipeline = Pipeline(dit, vae, Process(**contract.diffusion), local_device())
     clip = clip_size(config, contract)
     try:
         token_grid(vae.latent_shape(*clip)[1:], dit.patch)
     except ValueError as error:
         raise UserError(f"frames, resolution: {error}; change them") from error
-    generations = pipeline.generate(requests, clip=clip, sampling=config.sampling)
+    generations = pipeline.generate(
+        requests, clip=clip, sampling=config.sampling, negative_prompt=config.negative_prompt
+    )
     clips = [video.numpy() for video in tqdm(generations, total=len(requests), desc="generating", unit="clip")]
     out = Path(config.out)
     write(out, requests, clips, config, contract)
@@ -44,13 +47,8 @@ def main(config: GenerateConfig) -> None:
 
 def check(config: GenerateConfig) -> None:
     """Raise UserError for what would otherwise show only after the clips are made."""
-    for key, value in (
-        ("count", config.count),
-        ("sampling.steps", config.sampling.steps),
-        ("sampling.batch", config.sampling.batch),
-    ):
-        if value < 1:
-            raise UserError(f"{key}: must be at least 1, not {value}")
+    if config.count < 1:
+        raise UserError(f"count: must be at least 1, not {config.count}")
     if config.fps is not None and config.fps <= 0:
         raise UserError(f"fps: must be above 0, not {config.fps:g}")
     if config.shards:

@@ -70,7 +70,10 @@ class MLP(nn.Sequential):
 
 
 class TimestepEmbedding(nn.Module):
-    """Sinusoids of the time, then an MLP (Peebles & Xie). Time in [0, 1] is scaled to the usual 0..1000."""
+    """Sinusoids of the time, then an MLP (Peebles & Xie). Time in [0, 1] is scaled to the usual 0..1000.
+
+    Of float64 times the product is rounded once, so thousandths come out as whole numbers.
+    """
 
     FREQUENCIES = 128
 
@@ -80,7 +83,7 @@ class TimestepEmbedding(nn.Module):
 
     def forward(self, time: Tensor) -> Tensor:  # B -> B D
         exponent = torch.arange(self.FREQUENCIES, device=time.device, dtype=torch.float32) / self.FREQUENCIES
-        angle = 1000 * time.float()[:, None] * torch.exp(-math.log(10_000) * exponent)  # B 128
+        angle = (1000 * time).float()[:, None] * torch.exp(-math.log(10_000) * exponent)  # B 128
         waves = torch.cat([angle.cos(), angle.sin()], dim=1)  # B 256
         return self.mlp(waves.to(self.mlp[0].weight.dtype))
 

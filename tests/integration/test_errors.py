@@ -148,7 +148,7 @@ class TestCheckpoint:
             (["model.width=96"], "model.width was 48, is 96"),
             (["model.text.depth=2"], "model.text.depth was 1, is 2"),
             (["run.seed=1"], "run.accept=[run.seed]"),
-            (["data.flip=true", "data.block_shards=1"], "run.accept=[data.flip,data.block_shards]"),
+            (["data.flip=true", "data.block_shards=1"], "run.accept=[data.block_shards,data.flip]"),
         ],
     )
     def test_of_other_settings(

@@ -18,9 +18,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from sora_lite.config import BaseTrainConfig
 from sora_lite.data.index import Index
 from sora_lite.data.order import Order
 from sora_lite.errors import UserError
@@ -152,15 +149,15 @@ class Facts:
     data: DataState
 
     @classmethod
-    def of(cls, config: BaseTrainConfig, kind: str, inputs: dict[str, str], index: Index, order: Order) -> "Facts":
-        """The facts of a run that starts now."""
+    def of(cls, config: dict[str, Any], kind: str, inputs: dict[str, str], index: Index, order: Order) -> "Facts":
+        """The facts of a run that starts now. config: as plain values, as JSON has them."""
         both = f"{order.fingerprint()} {index.fingerprint()}"
         return cls(
             kind=kind,
-            config=OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True),  # type: ignore[arg-type]
+            config=config,
             inputs=inputs,
             data=DataState(
-                seed=config.run.seed,
+                seed=config["run"]["seed"],
                 order=hashlib.sha256(both.encode()).hexdigest(),
                 sets=[DataSet.of(index, number) for number in range(len(index.set_shards))],
             ),

@@ -81,7 +81,8 @@ class Trainer:
         self.checkpoints = self.folder / "checkpoints"
         index = load_split(config.data, "train", rank)
         self.loader = make_loader(config, index, objective, rank)
-        self.facts = Facts.of(config, objective.name, objective.inputs(), index, self.loader.order)
+        plain: Any = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+        self.facts = Facts.of(plain, objective.name, objective.inputs(), index, self.loader.order)
         bucket = self.loader.order.buckets[0]
         micro = bucket.batch // rank.world_size // config.parallel.accumulation
 
@@ -286,7 +287,7 @@ class Trainer:
                 self.config.logging,
                 resume_step=self.step,
                 wandb_id=self.wandb_id,
-                config=OmegaConf.to_container(OmegaConf.structured(self.config), enum_to_str=True),  # type: ignore[arg-type]
+                config=self.facts.config,
             )
 
     def _forward_flops(self, shape: tuple[int, ...]) -> int:

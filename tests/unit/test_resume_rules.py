@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 from sora_lite.config import BucketRule, DataConfig, RunConfig, SetRule, TrainConfig
 from sora_lite.data.buckets import Row, assign
@@ -55,7 +56,8 @@ class Run:
 
     @property
     def facts(self) -> Facts:
-        return Facts.of(self.config, "dit", {"vae_from": self.vae}, self.index, self.order)
+        config: Any = OmegaConf.to_container(OmegaConf.structured(self.config), enum_to_str=True)
+        return Facts.of(config, "dit", {"vae_from": self.vae}, self.index, self.order)
 
     def accepting(self, *names: str) -> "Run":
         run = deepcopy(self)

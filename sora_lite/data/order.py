@@ -109,6 +109,8 @@ class Order:
         bounds = np.concatenate([[0], np.cumsum(set_shards)])
         # Data set d has the shards runs[d]:runs[d + 1] of a bucket, places in bucket.shards.
         self._runs = [np.searchsorted(bucket.shards, bounds).tolist() for bucket in self.buckets]
+        # Kept small and in memory: a pass begins with one look at all of them.
+        self._sizes = [np.diff(bucket.starts).astype(np.int32) for bucket in self.buckets]
         self._counts = [
             np.diff(bucket.starts[runs]).tolist() for bucket, runs in zip(self.buckets, self._runs, strict=True)
         ]
@@ -245,9 +247,9 @@ class Order:
         """(places in bucket.shards in the order of a pass, place in the pass where each block of them ends)."""
         low, high = self._runs[number][data_set : data_set + 2]
         order = self._generator("pass", number, data_set, one_pass).permutation(high - low)
-        sizes = np.diff(self.buckets[number].starts[low : high + 1])[order]
-        blocks = np.add.reduceat(sizes, np.arange(0, len(sizes), self._block_shards))
-        return (low + order).astype(np.int32), np.cumsum(blocks)
+        sizes = self._sizes[number][low:high][order]
+        blocks = np.add.reduceat(sizes, np.arange(0, len(sizes), self._block_shards), dtype=np.int64)
+        return order.astype(np.int32) + np.int32(low), np.cumsum(blocks)
 
     def _shuffle_block(self, number: int, data_set: int, one_pass: int, block: int) -> np.ndarray:
         """Samples of a block of shards in the order of a pass."""

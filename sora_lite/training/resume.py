@@ -164,7 +164,9 @@ class Facts:
         )
 
 
-def go_on(path: Path, step: int, saved: dict[str, Any], now: Facts, index: Index) -> list[Change]:
+def go_on(
+    path: Path, step: int, saved: dict[str, Any], now: Facts, index: Index, accepted: Sequence[str]
+) -> list[Change]:
     """The declared changes of a run that goes on from a checkpoint: those in it and, if any, one from this step on.
 
     Args:
@@ -173,11 +175,11 @@ def go_on(path: Path, step: int, saved: dict[str, Any], now: Facts, index: Index
         saved: facts as it holds them.
         now: the present facts.
         index: the present samples.
+        accepted: as `run.accept`.
 
     Raises:
         UserError: something differs that is neither free nor accepted; or `run.accept` names no setting.
     """
-    accepted: list[str] = now.config["run"]["accept"]
     if saved["kind"] != now.kind:
         raise UserError(
             f"{path}: holds another kind of model ({saved['kind']}, not {now.kind}); give run.name another name"

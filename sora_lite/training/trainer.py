@@ -274,7 +274,7 @@ class Trainer:
 
     def _agree(self, path: Path, step: int, saved: dict[str, Any]) -> None:
         before = len(saved["data"]["changes"])
-        self.facts.data.changes = go_on(path, step, saved, self.facts, self.loader.index)
+        self.facts.data.changes = go_on(path, step, saved, self.facts, self.loader.index, self.config.run.accept)
         for change in self.facts.data.changes[before:]:
             self._say(f"run.accept: from step {step} on, {'; '.join(change.what)}")
 

@@ -89,7 +89,7 @@ def saved(run: Run, changes: list[Change] | None = None) -> dict[str, Any]:
 
 
 def resume(before: dict[str, Any], now: Run, step: int = 40) -> list[Change]:
-    return go_on(PATH, step, before, now.facts, now.index)
+    return go_on(PATH, step, before, now.facts, now.index, now.config.run.accept)
 
 
 def refusal(before: Run, now: Run) -> str:

@@ -1,11 +1,9 @@
 """`sora-lite export`: a run's newest checkpoint as safetensors with a contract, for inference."""
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from sora_lite.config import ExportConfig
-from sora_lite.diffusion.process import Process
 from sora_lite.errors import UserError
 from sora_lite.generation import export as exports
 from sora_lite.models.vae import CausalVAE
@@ -29,7 +27,7 @@ def export(run: Path, out: Path | None, weights: str) -> Path:
         raise UserError(f"{run}: holds no checkpoint yet; train it first, or check the path")
     tensors, state = checkpoint.read_full(path, weights)
     extra: dict[str, Any] = state["extra"]
-    kind, objective = extra["must_agree"]["kind"], extra["must_agree"]["objective"]
+    kind, objective = extra["facts"]["kind"], extra["objective"]
     out = out or run / "export"
     contract: dict[str, Any] = {
         "kind": kind,
@@ -41,9 +39,10 @@ def export(run: Path, out: Path | None, weights: str) -> Path:
     }
     if kind == "vae":
         if not extra["finished"]:
+            steps = extra["facts"]["config"]["run"]["steps"]
             raise UserError(
-                f"{run}: is at step {state['step']} of {extra['config']['run']['steps']}, and the statistics of its "
-                "latents are measured at the end; let `sora-lite train-vae` finish, or lower run.steps and repeat it"
+                f"{run}: is at step {state['step']} of {steps}, and the statistics of its latents are "
+                "measured at the end; let `sora-lite train-vae` finish, or lower run.steps and repeat it"
             )
         vae = CausalVAE(**objective["vae"])
         vae.load_state_dict(tensors)
@@ -56,7 +55,7 @@ def export(run: Path, out: Path | None, weights: str) -> Path:
         contract |= {
             "architecture": objective["model"],
             "vae_fingerprint": objective["vae_fingerprint"],
-            "diffusion": {one.name: extra["config"]["diffusion"][one.name] for one in fields(Process)},
+            "diffusion": objective["diffusion"],
         }
     exports.write(out, exports.Contract(**contract), tensors)
     return out

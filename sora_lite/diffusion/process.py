@@ -16,6 +16,10 @@ from sora_lite.diffusion.path import TARGETS, PathSample, Prediction, expand, on
 from sora_lite.diffusion.sampler import Denoise, Grid, Point
 from sora_lite.diffusion.vlb import bound_term
 
+LEAST_SIGNAL = 0.005
+"""Data are found from a predicted noise by division by alpha. The linear schedule ends at 0.0064; the cosine one, at
+5e-5, would multiply errors by 20,000, so its last four steps, which are all but pure noise, are not sampled."""
+
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Process:
@@ -110,16 +114,21 @@ class Process:
 
     # ------------------------------------------------------------------------------------------------ sampling
 
+    def sampled_steps(self) -> int:
+        """How many steps of the schedule sampling may use: all, but for epsilon those of alpha above LEAST_SIGNAL."""
+        alpha = self._table().alpha
+        return int((alpha > LEAST_SIGNAL).sum()) if self.objective == "epsilon" else len(alpha)
+
     def grid(self, steps: int, shift: float) -> Grid:
         """Points for so many steps of a sampler. shift: of rectified flow's times.
 
-        On a schedule they are `schedule.respaced` steps, and at most 1,000.
+        On a schedule they are `schedule.respaced` of its `sampled_steps`, and at most as many.
         """
         if self.straight:
             times = timesteps.sampling_grid(steps, shift).tolist()
             return [Point(t, 1 - t, t) for t in times]
         table = self._table()
-        chosen = schedule.respaced(steps).flip(0)
+        chosen = schedule.respaced(steps, self.sampled_steps() - 1).flip(0)
         rows = zip(chosen.tolist(), table.alpha[chosen].tolist(), table.sigma[chosen].tolist(), strict=True)
         return [*(Point(k / schedule.STEPS, alpha, sigma) for k, alpha, sigma in rows), Point(None, 1.0, 0.0)]
 

@@ -100,11 +100,11 @@ def posterior_mean_weights(alpha: Number, sigma: Number, alpha_to: Number, sigma
     return of_data, alpha / alpha_to * sigma_to**2 / sigma**2
 
 
-def respaced(count: int) -> Tensor:
-    """`count` of the steps 0 to 999, evenly spaced with both ends, rising (Nichol & Dhariwal; Lin et al., section 3.3).
+def respaced(count: int, last: int = STEPS - 1) -> Tensor:
+    """`count` of the steps 0 to `last`, evenly spaced with both ends, rising (Nichol & Dhariwal).
 
-    One step is the last, since sampling starts from pure noise.
+    One step is the last, since sampling starts from noise.
     """
     if count == 1:
-        return torch.tensor([STEPS - 1])
-    return torch.linspace(0, STEPS - 1, count, dtype=torch.float64).round().long()
+        return torch.tensor([last])
+    return torch.linspace(0, last, count, dtype=torch.float64).round().long()

@@ -17,7 +17,6 @@ from sora_lite.data.order import hash_seed
 from sora_lite.diffusion.guidance import guided
 from sora_lite.diffusion.process import Process
 from sora_lite.diffusion.sampler import SAMPLERS
-from sora_lite.diffusion.schedule import STEPS
 from sora_lite.errors import UserError
 from sora_lite.models.conditions import Conditions
 from sora_lite.models.dit import VideoDiT
@@ -39,8 +38,9 @@ def check_sampling(sampling: SamplingConfig, process: Process, channels: int) ->
         raise UserError(f"sampling.sampler: {name} does not serve {objective}: {reason}")
     if not process.straight and sampling.shift is not None:
         raise UserError(f"sampling.shift: is for rectified_flow; the model was trained on {objective}: leave it null")
-    if not process.straight and sampling.steps > STEPS:
-        raise UserError(f"sampling.steps: {objective} has {STEPS} steps, not {sampling.steps}; take fewer")
+    if not process.straight and sampling.steps > process.sampled_steps():
+        most = process.sampled_steps()
+        raise UserError(f"sampling.steps: {objective} has {most} steps to sample, not {sampling.steps}; take fewer")
     if (sampling.guidance_channels or 0) > channels:
         raise UserError(
             f"sampling.guidance_channels: the latent has {channels}, not {sampling.guidance_channels}; take fewer"

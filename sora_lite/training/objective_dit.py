@@ -211,9 +211,11 @@ class DiTObjective:
         """Nothing to add to the weights."""
 
     def state(self) -> dict[str, Any]:
-        meaning = {"objective", "noise_schedule", "zero_terminal_snr"}  # times may be drawn otherwise later on
         return {
             "model": self.architecture,
             "vae_fingerprint": self.fingerprint,
-            "diffusion": {name: value for name, value in asdict(self.process).items() if name in meaning},
+            "diffusion": asdict(self.process),
         }
+
+    def inputs(self) -> dict[str, str]:
+        return {"vae_from": self.fingerprint}

@@ -127,6 +127,9 @@ def test_a_model_is_told_whole_steps() -> None:
     grid = process.grid(250, 1.0)
     assert [round(1000 * p.time) for p in grid[:-1] if p.time is not None] == respaced(250).flip(0).tolist()
     assert grid[-1] == (None, 1.0, 0.0)
+    cosine = Process(objective="epsilon", noise_schedule="cosine")
+    assert cosine.sampled_steps() == 996 and cosine.grid(996, 1.0)[0].alpha > 0.005 > schedule("cosine").alpha[996]
+    assert process.sampled_steps() == Process(objective="velocity", noise_schedule="cosine").sampled_steps() == 1000
 
 
 def test_normal_kl_is_torchs() -> None:

@@ -351,6 +351,10 @@ class Engine:
             return contextlib.nullcontext()
         return _deepspeed(self.rank.device.type).zero.GatheredParameters(frozen, modifier_rank=0 if write else None)
 
+    def replicated(self) -> dict[str, Tensor]:
+        """Tensors of the module that must be the same on every rank between steps: at stage 0 the trained weights."""
+        return {name: p for name, p in self.module.named_parameters() if self.stage == 0 and name in self.shapes}
+
     def full_state(self, ema: "EMA | None" = None) -> dict[str, Tensor]:
         """The full state dict in fp32 on the CPU: the masters, or the average `ema`; buffers as they are. A collective.
 

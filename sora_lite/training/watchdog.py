@@ -121,7 +121,9 @@ class Watchdog:
         if stopped == [] and shown:
             shown[0] += "  <- first to stop"
         more = [f"  and {len(waiting) - SHOWN} ranks that stopped later"] if len(waiting) > SHOWN else []
-        head = f"watchdog of rank {self._rank}: no progress for {now - self._progress[1]:.0f} s; stacks in {self._folder}"
+        head = (
+            f"watchdog of rank {self._rank}: no progress for {now - self._progress[1]:.0f} s; stacks in {self._folder}"
+        )
         return "\n".join([head, *stopped, *shown, *more])
 
     def _read_sign(self, rank: int) -> dict[str, Any] | None:

@@ -154,7 +154,7 @@ class Engine:
             self._ds: Any = ds.initialize(model=module, optimizer=adamw, config=settings)[0]
         self._optimizer: Any = self._ds.optimizer
         self._adamw: torch.optim.Optimizer = self._ds.basic_optimizer
-        self._adamw.step = self._within_limit(self._adamw.step)  # type: ignore[method-assign]
+        self._adamw.step = self._within_limit(self._adamw.step)
         self._create_moments()
         if bf16:
             # DeepSpeed made the masters from weights that were already rounded to bf16.
@@ -177,8 +177,8 @@ class Engine:
         """Add the gradients of `loss`: a scalar, the mean over this rank's micro-batch.
 
         A loss that is not finite makes the gradients so, whatever it was made of: `step` will leave the update out on
-        all ranks. Over ranks and passes the gradients are averaged, so that equal micro-batches give the gradient of the mean
-        over the global batch.
+        all ranks. Over ranks and passes the gradients are averaged, so that equal micro-batches give the gradient of
+        the mean over the global batch.
 
         Raises:
             RuntimeError: called more often than `accumulation` times before a `step`.

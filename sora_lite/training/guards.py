@@ -65,7 +65,7 @@ class UpdateGuard:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from `state()`."""
-        self._losses.clear(), self._norms.clear()
-        self._losses.extend(state["losses"])
-        self._norms.extend(state["norms"])
+        for values, name in ((self._losses, "losses"), (self._norms, "norms")):
+            values.clear()
+            values.extend(state[name])
         self._left_out = list(state["left_out"])

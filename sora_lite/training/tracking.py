@@ -3,6 +3,7 @@
 W&B is fed by a thread of its own: that its server is away, slow or refuses the key neither stops nor slows training.
 """
 
+import contextlib
 import json
 import math
 import queue
@@ -102,10 +103,8 @@ class _WandbView:
 
     def finish(self) -> None:
         """Wait for the thread, but not for ever."""
-        try:
+        with contextlib.suppress(queue.Full):  # then the thread is stuck, as the next line finds out
             self._queue.put(None, timeout=PATIENCE_SECONDS)
-        except queue.Full:
-            pass  # the thread is stuck; the next line finds out
         self._thread.join(PATIENCE_SECONDS)
         if self._thread.is_alive() or self._lost:
             tqdm.write(

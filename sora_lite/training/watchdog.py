@@ -43,14 +43,14 @@ class Watchdog:
         self._done = threading.Event()
         self._progress = ("start", time.time())
         self._armed = -1e9
-        self._stacks: IO[str] | None = None
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._stacks: IO[str]
 
     def __enter__(self) -> Self:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._stacks = (self._folder / f"stacks_{self._rank:05d}.txt").open("w")
         self._write_sign()
         self.beat("start")
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
         return self
 
@@ -60,10 +60,9 @@ class Watchdog:
         self._done.set()
         faulthandler.cancel_dump_traceback_later()
         self._thread.join()
-        assert self._stacks is not None
         self._stacks.close()
-        if not self._stacks_of(self._rank):
-            Path(self._stacks.name).unlink(missing_ok=True)
+        if os.path.getsize(self._stacks.name) == 0:
+            os.unlink(self._stacks.name)
         self._sign_path(self._rank).unlink(missing_ok=True)
 
     def beat(self, what: str) -> None:
@@ -93,7 +92,6 @@ class Watchdog:
         time.sleep(2 * self._period)  # so that the others, who wait for the same rank, have told where they stand
         report = self.report()
         print(report, file=sys.stderr, flush=True)
-        assert self._stacks is not None
         self._stacks.write(report + "\n")
         self._stacks.flush()
         faulthandler.dump_traceback(self._stacks, all_threads=True)
@@ -112,8 +110,8 @@ class Watchdog:
             at = f"at {sign['what']!r} for {now - sign['since']:.0f} s"
             if (silent := now - sign["alive"]) > self._seconds / 2:
                 stopped.append(
-                    f"  {where} STOPPED: no sign of life for {silent:.0f} s, last {at}; the process is stopped, its node "
-                    "hangs, or a thread holds the GIL"
+                    f"  {where} STOPPED: no sign of life for {silent:.0f} s, last {at}; the process is stopped, its "
+                    "node hangs, or a thread holds the GIL"
                 )
             else:
                 waiting.append((sign["since"], f"  {where} waits {at}"))
@@ -134,6 +132,3 @@ class Watchdog:
 
     def _sign_path(self, rank: int) -> Path:
         return self._folder / f"beat_{rank:05d}.json"
-
-    def _stacks_of(self, rank: int) -> str:
-        return (self._folder / f"stacks_{rank:05d}.txt").read_text()

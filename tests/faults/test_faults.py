@@ -1,4 +1,4 @@
-"""What goes wrong while a run trains: signals, bad numbers, ranks that hang, memory that rots. Real ranks, real runs."""
+"""What goes wrong while a run trains: signals, bad numbers, ranks that hang, memory that rots. Real ranks and runs."""
 
 import json
 import math

@@ -72,9 +72,7 @@ def fit(flops: np.ndarray, losses: np.ndarray, *, floor: bool) -> PowerLaw:
             best = found
     assert best is not None
     scale, exponent, part = best.x if floor else (*best.x, 0.0)
-    return PowerLaw(
-        scale=math.exp(scale), exponent=float(exponent), floor=float(part * losses.min()), unit=unit
-    )
+    return PowerLaw(scale=math.exp(scale), exponent=float(exponent), floor=float(part * losses.min()), unit=unit)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -192,7 +190,7 @@ def plot(scaling: Scaling, out: Path) -> None:
     axes.plot(scaling.next_flops, scaling.next_loss, "*", color=grey, markersize=11, label="next size, predicted")
     for curve in scaling.curves:
         where = (curve.flops[-1], curve.losses[-1])
-        axes.annotate(curve.name, where, xytext=(0, -13), textcoords="offset points", color=grey, size=7, ha="center")
+        axes.annotate(curve.name, where, xytext=(5, 5), textcoords="offset points", color=grey, size=7)
     axes.set(xscale="log", yscale="log")
     low, high = min(*losses, scaling.next_loss), losses[0]
     axes.set_ylim(low * (low / high) ** 0.15, high * (high / low) ** 0.6)

@@ -134,6 +134,7 @@ class Trainer:
         self.seen = self.bad = self.left_out = self.rollbacks = 0
         self.jump = 0
         """Steps of data that rollbacks have passed over: step n trains on step n + jump of the order."""
+        self.flops = 0
         self.finished = False
         self.step = self._resume()
         self.replicas = ReplicaCheck(rank, objective.frozen(), {"configuration": config, "code": code_version()})
@@ -303,7 +304,9 @@ class Trainer:
             self.seen += clips
             clock.clips += clips
             clock.tokens += clips * self.objective.tokens(*shape)
-            clock.flops += 3 * clips * self._forward_flops(shape)
+            flops = 3 * clips * self._forward_flops(shape)
+            clock.flops += flops
+            self.flops += flops
         for one in bad:
             self._say(f"{one.shard}: sample {one.key} replaced: {one.reason}", everyone=True)
         means.add("bad_samples", len(bad), 1.0)
@@ -332,6 +335,7 @@ class Trainer:
             "mfu": speed / self._peak,
             "data_wait": clock.waited / seconds,
             "left_out": self.left_out,
+            "flops": self.flops,
         }
         passes = self.loader.order.passes(self.step - 1 + self.jump)
         values |= {"pass": passes[0]} if len(passes) == 1 else {f"pass_{i}": one for i, one in enumerate(passes)}
@@ -347,7 +351,7 @@ class Trainer:
         with self.engine.swapped(self.ema):
             values = self.objective.validate(self.engine, self.validation)
         if self.tracker:
-            self.tracker.log(self.step, values)
+            self.tracker.log(self.step, values | {"flops": self.flops})
 
     def _sample(self) -> None:
         if self.validation.count == 0:
@@ -377,6 +381,7 @@ class Trainer:
                 "rollbacks": self.rollbacks,
                 "jump": self.jump,
             },
+            "flops": self.flops,
             "clip": list(self.loader.order.buckets[0].shape),
             "fps": self.config.data.fps or 0.0,
         }
@@ -410,6 +415,7 @@ class Trainer:
         guard = state["extra"]["guard"]
         self.guard.load_state(guard["updates"])
         self.left_out, self.rollbacks, self.jump = guard["left_out"], guard["rollbacks"], guard["jump"]
+        self.flops = state["extra"]["flops"]
         self._say(f"{self.folder}: goes on from step {state['step']}")
         return int(state["step"])
 

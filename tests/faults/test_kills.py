@@ -58,9 +58,7 @@ def content(run: Path) -> tuple[list[dict], dict[str, bytes]]:
     files = sorted(last.glob("*.safetensors"))
     assert len(files) == WORLD
     return record, {
-        f"{file.name} {name}": tensor.numpy().tobytes()
-        for file in files
-        for name, tensor in load_file(file).items()
+        f"{file.name} {name}": tensor.numpy().tobytes() for file in files for name, tensor in load_file(file).items()
     }
 
 

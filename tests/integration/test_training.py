@@ -99,7 +99,11 @@ def test_data_sets_and_stills_are_mixed(tiny: Tiny, tmp_path: Path, capsys: pyte
     assert [lines[-1]["pass_0"], lines[-1]["pass_1"]] == pytest.approx([48 / samples, 16 / samples])
     assert {path.name.split("-")[0] for path in (tmp_path / "cache").iterdir()} == {"index"}
     assert not (copy / ".cache").exists()
-    for other in (words(9, sets.replace("weight: 3", "weight: 2")), words(9, sets, 0.5), words(9, f"[{{shards: {tiny.shards}}}]")):
+    for other in (
+        words(9, sets.replace("weight: 3", "weight: 2")),
+        words(9, sets, 0.5),
+        words(9, f"[{{shards: {tiny.shards}}}]"),
+    ):
         assert call(*other) == 2
     errors = capsys.readouterr().err
     assert "data.sets[0].weight was 3.0, is 2.0" in errors and "data.image_ratio was 0.25, is 0.5" in errors

@@ -1,4 +1,4 @@
-"""`python -m benchmarks [cuts|decoding|loading|order|packing|reading|step ...]`: tables, all by default, of CPU time."""
+"""`python -m benchmarks [TABLE ...]`: print tables, all by default, in CPU time."""
 
 import os
 import sys

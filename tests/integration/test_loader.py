@@ -33,7 +33,7 @@ def make_loader(
 ) -> ClipLoader:
     return ClipLoader(
         Index.load(shards, "train"), [Row(shape=SHAPE, keep=1.0, batch=BATCH)],
-        fps=None, seed=5, block_shards=2, flip=True, rank=rank, world_size=world_size, accumulation=accumulation,
+        seed=5, block_shards=2, flip=True, rank=rank, world_size=world_size, accumulation=accumulation,
         workers=workers, cache_bytes=cache_bytes, pin=False,
     )  # fmt: skip
 
@@ -123,7 +123,7 @@ class TestMixture:
     def loader(self, folders: list[Path], *, rank: int = 0, world_size: int = 1, workers: int = 0) -> ClipLoader:
         return ClipLoader(
             open_index(folders, "train"), list(self.ROWS),
-            fps=None, seed=5, block_shards=2, flip=True, rank=rank, world_size=world_size, accumulation=1,
+            seed=5, block_shards=2, flip=True, rank=rank, world_size=world_size, accumulation=1,
             workers=workers, cache_bytes=0, pin=False, weights=[3, 1], image_ratio=0.5,
         )  # fmt: skip
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from sora_lite.data.buckets import Row, spare_frames
 from sora_lite.data.compiled import open_buckets
 from sora_lite.data.index import Index
-from sora_lite.data.order import MicroStep, Order, hash_seed, rank_positions
+from sora_lite.data.order import MicroStep, Order, check_parts, hash_seed, rank_positions
 from sora_lite.data.shards import DamagedSample, ShardReader, captions_of
 from sora_lite.data.transforms import cover_box, mirror, resize_crop
 from sora_lite.data.video import BadVideo, decode_clip
@@ -274,8 +274,7 @@ class ClipLoader:
         image_ratio: float | None = None,
     ) -> None:
         buckets = open_buckets(index, rows)
-        for bucket in buckets:
-            rank_positions(bucket.batch, rank=rank, world_size=world_size, accumulation=accumulation)
+        check_parts([bucket.batch for bucket in buckets], world_size=world_size, accumulation=accumulation)
         self.index = index
         self.order = Order(
             buckets,
@@ -289,6 +288,10 @@ class ClipLoader:
         self._workers, self._pin = workers, pin
         reader = ClipReader(index, cache_bytes=cache_bytes, decoder=decoder)
         self._dataset = _MicroBatches(reader, self.order, seed, flip, (rank, world_size, accumulation))
+
+    def begin_order(self, step: int) -> None:
+        """Let the order begin at a global step, before anything is read: data or shares have changed there."""
+        self.order = self._dataset.order = self.order.beginning_at(step)
 
     def steps(self, start: int, stop: int) -> Iterator[list[ClipBatch]]:
         """Batches of the steps start, ..., stop - 1; each is a list with one micro-batch per accumulation pass."""

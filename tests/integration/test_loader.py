@@ -49,6 +49,9 @@ def join(batches: list[ClipBatch]) -> ClipBatch:
         labels=torch.cat([batch.labels for batch in batches])[order],
         positions=positions[order],
         step=batches[0].step,
+        views=[[view for batch in batches for view in batch.views][place] for place in order.tolist()],
+        samples=torch.cat([batch.samples for batch in batches])[order],
+        bucket=batches[0].bucket,
         bad=[one for batch in batches for one in batch.bad],
     )
 
@@ -64,8 +67,9 @@ def read(shards: Path, *, start: int = 0, world_size: int = 1, accumulation: int
 
 
 def assert_same(one: ClipBatch, other: ClipBatch) -> None:
-    assert (one.keys, one.captions, one.step) == (other.keys, other.captions, other.step)
-    assert one.positions.equal(other.positions) and one.labels.equal(other.labels)
+    for name in ("keys", "captions", "step", "views", "bucket"):
+        assert getattr(one, name) == getattr(other, name)
+    assert one.samples.equal(other.samples) and one.positions.equal(other.positions) and one.labels.equal(other.labels)
     assert one.video.equal(other.video)
 
 
@@ -113,6 +117,9 @@ class TestSameSteps:
             for caption, label in zip(batch.captions, batch.labels.tolist(), strict=True):
                 assert words[label] in caption
             assert batch.video.float().flatten(1).std(1).min() > 10
+            assert {view.crop for view in batch.views} == {(0, 0, 32, 32)} and len(
+                set(batch.views)
+            ) == 2  # flipped or not
 
 
 class TestMixture:

@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from sora_lite.data.buckets import Row, spare_frames
 from sora_lite.data.compiled import open_buckets
-from sora_lite.data.index import Index
+from sora_lite.data.index import Index, OpenShards
 from sora_lite.data.order import MicroStep, Order, check_parts, hash_seed, rank_positions
-from sora_lite.data.shards import DamagedSample, ShardReader, captions_of
+from sora_lite.data.shards import DamagedSample, captions_of
 from sora_lite.data.transforms import cover_box, mirror, resize_crop
 from sora_lite.data.video import BadVideo, decode_clip
 from sora_lite.errors import UserError
@@ -106,7 +106,7 @@ class ClipReader:
         self._cache_bytes = cache_bytes
         self._cached = 0
         self._cache: OrderedDict[tuple[int, tuple[int, int, int], float | None, int], Clip] = OrderedDict()
-        self._shards: dict[int, ShardReader] = {}
+        self.shards = OpenShards(index)
 
     def spare(self, sample: int, frames: int, fps: float | None) -> int:
         """Largest `start` at which the sample still has so many frames at a rate."""
@@ -122,8 +122,10 @@ class ClipReader:
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
-        index, shard, captions = self.index, self._shard(sample), self.captions(sample)
-        media = shard.read(int(index.media_offset[sample]), int(index.media_size[sample]), int(index.crc32c[sample]))
+        index, captions = self.index, self.captions(sample)
+        media = self.shards[int(index.shard[sample])].read(
+            int(index.media_offset[sample]), int(index.media_size[sample]), int(index.crc32c[sample])
+        )
         decoded = decode_clip(
             media,
             frames=shape[0],
@@ -157,22 +159,18 @@ class ClipReader:
 
     def captions(self, sample: int) -> list[str]:
         """The sample's captions, as `shards.captions_of`."""
-        return captions_of(self._shard(sample), {name: int(getattr(self.index, name)[sample]) for name in WORDS})
+        return captions_of(
+            self.shards[int(self.index.shard[sample])], {name: int(getattr(self.index, name)[sample]) for name in WORDS}
+        )
 
     def meta(self, sample: int) -> dict:
         """The sample's JSON, {} for none."""
         index = self.index
         if not index.json_size[sample]:
             return {}
-        return self._shard(sample).read_json(
+        return self.shards[int(index.shard[sample])].read_json(
             int(index.json_offset[sample]), int(index.json_size[sample]), int(index.json_crc32c[sample])
         )
-
-    def _shard(self, sample: int) -> ShardReader:
-        number = int(self.index.shard[sample])
-        if number not in self._shards:
-            self._shards[number] = ShardReader(self.index.shard_paths[number])
-        return self._shards[number]
 
 
 class _MicroBatches(Dataset[ClipBatch | str]):

@@ -18,6 +18,7 @@ from sora_lite.data.index import Index
 from sora_lite.data.loader import ClipBatch, ClipLoader
 from sora_lite.errors import UserError
 from sora_lite.generation.export import load_vae
+from sora_lite.models.conditions import Conditions
 from sora_lite.models.text import PAD
 from sora_lite.parallel.env import Rank
 from sora_lite.training.objective import HeldOut
@@ -168,11 +169,12 @@ class Recorder:
     labels: list[Tensor] = field(default_factory=list)
     text: list[Tensor] = field(default_factory=list)
 
-    def __call__(self, x: Tensor, t: Tensor, labels: Tensor, text: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+        assert conditions.labels is not None and conditions.text is not None
         self.x.append(x)
         self.times.append(t)
-        self.labels.append(labels)
-        self.text.append(nn.functional.pad(text, (0, 64 - text.shape[1]), value=PAD))
+        self.labels.append(conditions.labels)
+        self.text.append(nn.functional.pad(conditions.text, (0, 64 - conditions.text.shape[1]), value=PAD))
         return torch.zeros_like(x)
 
 

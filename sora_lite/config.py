@@ -12,7 +12,7 @@ import inspect
 import math
 import textwrap
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, StrEnum
 from functools import cache
 
 from hydra.core.config_store import ConfigStore
@@ -79,6 +79,15 @@ class Sampler(Enum):
     ddpm = "ddpm"
 
 
+class SpikeAction(Enum):
+    """What happens at a spike of loss or gradient norm: nothing, its update is left out, or the run goes back to its
+    newest checkpoint and on behind the data of the spike."""
+
+    ignore = "ignore"
+    skip = "skip"
+    rollback = "rollback"
+
+
 class WandbMode(Enum):
     """Where the Weights & Biases view of a run goes. `auto` is online if a key is configured, else offline."""
 
@@ -95,6 +104,72 @@ class Decoder(Enum):
 
     pyav = "pyav"
     decord = "decord"
+
+
+class Positions(StrEnum):
+    """How a token knows its place: rotary positions over (t, h, w), or fixed sines and cosines added to the tokens."""
+
+    rope = "rope"
+    sincos = "sincos"
+
+
+class Attention(StrEnum):
+    """Which tokens attend to each other: all; or in turn those of a frame and those of a place (Latte)."""
+
+    full = "full"
+    factorised = "factorised"
+
+
+class QKNorm(StrEnum):
+    """What the root mean square norm of queries and keys spans: a head, the full width (Wan), or nothing."""
+
+    head = "head"
+    full = "full"
+    none = "none"
+
+
+class Modulation(StrEnum):
+    """adaLN-Zero with a layer in each block, or one shared layer with offsets in each block (PixArt, Wan)."""
+
+    per_block = "per_block"
+    shared = "shared"
+
+
+class Gelu(StrEnum):
+    """Exact GELU, or its tanh form (the paper, Wan), which is 4 times slower on CPUs."""
+
+    erf = "erf"
+    tanh = "tanh"
+
+
+class TextAttention(StrEnum):
+    """Text is read by cross-attention, or goes along with the video tokens in joint blocks (MMDiT)."""
+
+    cross = "cross"
+    joint = "joint"
+
+
+class PositionScaling(StrEnum):
+    """What to do about positions beyond those of training: nothing, linear interpolation, or NTK-aware scaling."""
+
+    none = "none"
+    linear = "linear"
+    ntk = "ntk"
+
+
+class Layout(StrEnum):
+    """Files of an export: this project's, or those of diffusers (DiT, Latte and Wan models)."""
+
+    sora_lite = "sora_lite"
+    diffusers = "diffusers"
+
+
+class BatchBy(Enum):
+    """What the micro-steps of all buckets have alike, as near as whole batches come: tokens, or FLOPs of the configured
+    models (forward and backward, and the frozen VAE's encoder), so that steps take about the same time."""
+
+    tokens = "tokens"
+    flops = "flops"
 
 
 class Format(Enum):
@@ -133,6 +208,29 @@ class RunConfig:
     """How many held-out samples validation looks at."""
     sample_every: int = 0
     """Sample clips (or reconstructions) as a contact sheet every so many steps; 0 turns it off."""
+    check_every: int = 500
+    """Compare what all ranks hold a copy of (frozen weights; under ZeRO 0 the trained ones) every so many steps, and
+    before each checkpoint; a rank that is off is named and the run stops."""
+    watchdog_seconds: float = 600.0
+    """Longest time without progress, after which the stacks of all ranks are written and the run ends."""
+    deterministic: bool = False
+    """Bit for bit the same on GPUs too, at a cost in speed; on CPUs it is so anyway."""
+
+
+@dataclass(kw_only=True, slots=True)
+class GuardConfig:
+    """Which updates are not made. Those from a loss or gradients that are not finite never are."""
+
+    spikes: SpikeAction = SpikeAction.skip
+    """What happens at a spike: a loss or gradient norm above mean + sigma * standard deviation of the window."""
+    sigma: float = 10.0
+    """How far above the mean a spike begins, in standard deviations."""
+    window: int = 128
+    """Updates that a value is compared with; until so many were made nothing is a spike."""
+    max_skips: int = 16
+    """Stop the run when more updates than this were left out within a window."""
+    max_rollbacks: int = 3
+    """Stop the run at a spike after so many rollbacks."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -142,11 +240,13 @@ class BucketRule:
     resolution: list[int] = MISSING
     """[height, width] in pixels."""
     frames: int = MISSING
-    """Frames per clip at `data.fps`: 4k+1 for a VAE that compresses time by 4; 1 is a still image."""
+    """Frames per clip at its fps: 4k+1 for a VAE that compresses time by 4; 1 is a still image."""
     keep: float = 1.0
     """Fraction (chosen by key) of the fitting samples that go here; the others try the next row."""
+    fps: float | None = None
+    """Frames per second of these clips; by default `data.fps`."""
     batch: int | None = None
-    """Samples in a global micro-step; by default from `data.batch_tokens`."""
+    """Samples in a global micro-step; by default from `data.batch_tokens` and `data.batch_by`."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -174,9 +274,13 @@ class DataConfig:
     fps: float | None = None
     """Frames per second that the model sees; null keeps each clip's own rate."""
     buckets: list[BucketRule] = MISSING
-    """Bucket table. A sample goes to the first row that it is long enough for, nearest in aspect ratio."""
+    """Bucket table. A sample goes to the first row that it is long enough for and that does not enlarge it by more than
+    a quarter, nearest in aspect ratio. `sora-data buckets` proposes one."""
     batch_tokens: int = 32_768
-    """Tokens (of a VAE: latent cells) in a global micro-step over all ranks, for rows that do not name a batch."""
+    """Tokens (of a VAE: latent cells) in a global micro-step of the first row over all ranks; `batch_by` says what the
+    others have in common with it. Rows may name a batch instead."""
+    batch_by: BatchBy = BatchBy.tokens
+    """What the batches of all rows have alike: tokens, or flops (long clips then come in smaller batches)."""
     divisor: int = 8
     """Batches are multiples of this, so that any rank count dividing it can run or resume the run."""
     block_shards: int = 8
@@ -349,12 +453,38 @@ class DiTConfig:
     """Hidden width of the MLP, in token widths."""
     patch: list[int] = field(default_factory=lambda: [1, 2, 2])
     """Latent cells (frames, height, width) in one token."""
+    positions: Positions = Positions.rope
+    """Rotary, or fixed sines and cosines: 2-D for a still image, 3-D for more frames."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""
+    attention: Attention = Attention.full
+    """Over all tokens, or factorised into frames and time."""
+    qk_norm: QKNorm = QKNorm.head
+    """Norm of queries and keys."""
+    modulation: Modulation = Modulation.per_block
+    """Where the layer is that turns time, label and pooled text into shifts, scales and gates."""
+    gelu: Gelu = Gelu.erf
+    """Activation of the MLPs."""
     num_classes: int = 0
     """Number of class labels; 0 for a model without labels."""
     text: TextConfig | None = field(default_factory=TextConfig)
-    """Text encoder; null for a model without text."""
+    """Encoder over bytes, trained along; null for a model without it."""
+    text_features: int = 0
+    """Width of the features of a frozen text encoder (T5: 4096), read instead of bytes; 0 for none."""
+    text_tokens: int = 0
+    """0 masks the padding of text features; else they are padded with zeros to so many, which are attended to (Wan)."""
+    text_attention: TextAttention = TextAttention.cross
+    """How blocks read text."""
+    cross_norm: bool = True
+    """A layer norm before the cross-attention to text."""
+    pooled_features: int = 0
+    """Width of pooled text features (CLIP: 768) that join time and label; 0 for none."""
+    learn_variance: bool = False
+    """Predict twice the channels: the second half is the variance of the reverse step (with diffusion=ddpm)."""
+    frame_conditions: bool = False
+    """Read given frames: image to video, extension, interpolation."""
+    time_frequencies: int = 128
+    """Frequencies over which a time embedding falls to 1/10000: 128; 127 in diffusers' DiTTransformer2DModel."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -394,6 +524,7 @@ class BaseTrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
@@ -465,6 +596,8 @@ class GenerateConfig:
     """[height, width]; by default as in training (the first bucket)."""
     fps: float | None = None
     """Frames per second of the files; by default as in training."""
+    position_scaling: PositionScaling = PositionScaling.none
+    """For clips larger than in training (the first bucket): how positions are brought into the trained range."""
     shards: str | None = None
     """Shards whose held-out clips the page shows beside the generations."""
     run: str | None = None
@@ -521,6 +654,16 @@ class InspectConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class ScalingConfig:
+    """`sora-lite scaling`: fit the validation loss of a sweep of model sizes against the FLOPs of their training."""
+
+    runs: str = MISSING
+    """Pattern of the sweep's run folders, such as 'runs/scaling_*'. The largest is held out and predicted."""
+    out: str = "scaling"
+    """Folder for scaling.png and scaling.json."""
+
+
+@dataclass(kw_only=True, slots=True)
 class DemoConfig:
     """`sora-lite demo`: the whole way on moving handwritten digits, from rendering to evaluation."""
 
@@ -543,6 +686,7 @@ ROOTS: dict[str, type] = {
     "export": ExportConfig,
     "evaluate": EvaluateConfig,
     "inspect": InspectConfig,
+    "scaling": ScalingConfig,
     "demo": DemoConfig,
 }
 
@@ -586,7 +730,7 @@ def check(config: object) -> None:
     if isinstance(config, TrainConfig | InspectConfig):
         _check_dit(config.model)
     if isinstance(config, TrainConfig):
-        _check_diffusion(config.diffusion)
+        _check_diffusion(config.diffusion, config.model.learn_variance)
     if isinstance(config, GenerateConfig | EvaluateConfig):
         _check_sampling(config.sampling)
     if isinstance(config, TrainVAEConfig):
@@ -603,6 +747,12 @@ def _check_run(config: BaseTrainConfig) -> None:
     _require(bool(run.name) and "/" not in run.name, "run.name", f"{run.name!r} is no folder name; leave out slashes")
     for key in ("steps", "log_every", "save_every", "keep_last"):
         _require(getattr(run, key) >= 1, f"run.{key}", "must be at least 1")
+    _require(run.check_every >= 1, "run.check_every", f"must be at least 1, not {run.check_every}")
+    _require(run.watchdog_seconds > 0, "run.watchdog_seconds", f"must be above 0, not {run.watchdog_seconds}")
+    _require(config.guard.window >= 2, "guard.window", f"must be at least 2, not {config.guard.window}")
+    _require(config.guard.sigma > 0, "guard.sigma", f"must be above 0, not {config.guard.sigma}")
+    for key in ("max_skips", "max_rollbacks"):
+        _require(getattr(config.guard, key) >= 0, f"guard.{key}", "must be at least 0")
     for key in ("validate_every", "validation_samples", "sample_every"):
         _require(getattr(run, key) >= 0, f"run.{key}", "must be at least 0")
     _require(parallel.accumulation >= 1, "parallel.accumulation", f"must be at least 1, not {parallel.accumulation}")
@@ -619,6 +769,7 @@ def _check_run(config: BaseTrainConfig) -> None:
         _require(len(rule.resolution) == 2, f"{key}.resolution", f"must be [height, width], not {rule.resolution}")
         _require(min(rule.resolution) >= 1, f"{key}.resolution", f"must be at least 1 pixel, not {rule.resolution}")
         _require(rule.frames >= 1, f"{key}.frames", f"must be at least 1, not {rule.frames}")
+        _require(rule.fps is None or rule.fps > 0, f"{key}.fps", f"must be above 0, or null, not {rule.fps}")
         _require(0 < rule.keep <= 1, f"{key}.keep", f"is a fraction in (0, 1], not {rule.keep}")
         if rule.batch is not None:
             _require(rule.batch >= 1, f"{key}.batch", f"must be at least 1, not {rule.batch}")
@@ -670,19 +821,41 @@ def _check_sets(data: DataConfig) -> None:
 def _check_dit(model: DiTConfig) -> None:
     _require(model.width % model.heads == 0, "model.heads", f"{model.heads} does not divide model.width={model.width}")
     head = model.width // model.heads
-    _require(head % 2 == 0 and head >= 6, "model.heads", f"head width {head} must be even and at least 6 for 3-D RoPE")
+    if model.positions is Positions.rope:
+        _require(
+            head % 2 == 0 and head >= 6, "model.heads", f"head width {head} must be even and at least 6 for 3-D RoPE"
+        )
+    else:
+        _require(model.width % 4 == 0, "model.width", f"{model.width} must be a multiple of 4 for sines and cosines")
     if model.text is not None:
         text = model.text
         _require(text.width % text.heads == 0, "model.text.heads", f"{text.heads} does not divide {text.width}")
     _require(len(model.patch) == 3, "model.patch", f"must be [frames, height, width], not {model.patch}")
+    features = model.text_features > 0 or model.pooled_features > 0
     _require(
-        model.num_classes > 0 or model.text is not None,
+        model.num_classes > 0 or model.text is not None or features,
         "model.num_classes",
-        "the model has neither labels nor text; set model.num_classes or a model.text",
+        "the model has neither labels nor text; set model.num_classes, model.text or model.text_features",
+    )
+    _require(
+        model.text is None or not features,
+        "model.text_features",
+        "and model.pooled_features are instead of the encoder over bytes; set model.text=null",
+    )
+    _require(model.text_tokens == 0 or model.text_features > 0, "model.text_tokens", "needs model.text_features")
+    if model.text_attention is TextAttention.joint:
+        reads = model.text is not None or model.text_features > 0
+        _require(reads, "model.text_attention", "joint needs text; set model.text or model.text_features")
+        full = model.attention is Attention.full
+        _require(full, "model.text_attention", "joint needs model.attention=full; factorised blocks take cross")
+    even = model.attention is Attention.full or model.depth % 2 == 0
+    _require(even, "model.depth", f"{model.depth} must be even: factorised blocks come in pairs of frame and time")
+    _require(
+        model.time_frequencies in (127, 128), "model.time_frequencies", f"is 127 or 128, not {model.time_frequencies}"
     )
 
 
-def _check_diffusion(diffusion: DiffusionConfig) -> None:
+def _check_diffusion(diffusion: DiffusionConfig, learn_variance: bool) -> None:
     name, straight = diffusion.objective.name, diffusion.objective is DiffusionObjective.rectified_flow
     dropout = diffusion.condition_dropout
     _require(0 <= dropout < 1, "diffusion.condition_dropout", f"must lie in [0, 1), not {dropout}")
@@ -690,6 +863,16 @@ def _check_diffusion(diffusion: DiffusionConfig) -> None:
         value = getattr(diffusion, key)
         _require(value > 0, f"diffusion.{key}", f"must be above 0, not {value}")
     _require(diffusion.vlb_weight >= 0, "diffusion.vlb_weight", f"must be at least 0, not {diffusion.vlb_weight}")
+    _require(
+        not learn_variance or not straight,
+        "model.learn_variance",
+        "needs a noise schedule, and rectified_flow has none; take diffusion=ddpm, or model.learn_variance=false",
+    )
+    _require(
+        not learn_variance or diffusion.vlb_weight > 0,
+        "diffusion.vlb_weight",
+        "0 would leave the variance of model.learn_variance untrained; take 0.001",
+    )
     if straight:
         _require(
             not diffusion.zero_terminal_snr,

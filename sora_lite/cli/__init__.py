@@ -2,11 +2,12 @@
 
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Callable
 
 from sora_lite import __version__
-from sora_lite.errors import UserError
+from sora_lite.errors import Interrupted, UserError
 
 VERBS: dict[str, tuple[str, str]] = {
     "demo": ("demo", "the whole way on moving handwritten digits: data, VAE, DiT, clips, figures"),
@@ -16,6 +17,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "generate": ("generate", "make clips from an exported model"),
     "evaluate": ("evaluate", "measure a model of a labelled data set with classifiers trained on real clips"),
     "inspect": ("inspect", "parameters and FLOPs of a model, without building it"),
+    "scaling": ("scaling", "the power law of a sweep's validation loss, and what it predicts"),
     "submit": ("submit", "submit a training job to Slurm"),
 }
 """Verb: (module of `sora_lite.cli`, one line of help). A module has `main(config)`; that of `submit`, which
@@ -23,12 +25,18 @@ has no configuration of its own, has `main(verb, argv)`."""
 
 
 def run_verb(action: Callable[[], object]) -> int:
-    """Call `action`; a `UserError` becomes one line on stderr and exit status 2, Ctrl-C becomes 130."""
+    """Call `action`; a `UserError` becomes one line on stderr and exit status 2, Ctrl-C becomes 130.
+
+    A stop that was asked for by a signal, after which the same command goes on, becomes 75.
+    """
     try:
         action()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Interrupted as stop:
+        print(f"{stop}; the same command goes on from there", file=sys.stderr)
+        return os.EX_TEMPFAIL
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from what is done", file=sys.stderr)
         return 130

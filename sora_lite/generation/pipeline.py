@@ -21,7 +21,7 @@ from sora_lite.errors import UserError
 from sora_lite.models.conditions import Conditions
 from sora_lite.models.dit import VideoDiT
 from sora_lite.models.patch import token_grid
-from sora_lite.models.text import tokenize
+from sora_lite.models.text import ByteTextEncoder, tokenize
 from sora_lite.models.vae import CausalVAE
 
 
@@ -174,7 +174,7 @@ class Pipeline:
         Raises:
             UserError: the model cannot take a request, the size or the sampling.
         """
-        max_bytes = self.dit.text.max_bytes if self.dit.text is not None else None
+        max_bytes = self.dit.text.max_bytes if isinstance(self.dit.text, ByteTextEncoder) else None
         check_requests(requests, num_classes=self.dit.num_classes, has_text=max_bytes is not None)
         if negative_prompt and (max_bytes is None or sampling.guidance == 1):
             why = "the model reads no text" if max_bytes is None else "sampling.guidance=1 leads away from nothing"

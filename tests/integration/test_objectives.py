@@ -21,11 +21,12 @@ def words(tiny: Tiny, root: Path, *more: str) -> list[str]:
     return ["train", "experiment=tiny", f"data.shards={tiny.shards}", f"vae_from={tiny.vae}", f"run.root={root}", *more]
 
 
-@pytest.mark.parametrize("choice", ["ddpm", "cosine", "v_prediction", "rectified_flow"])
+@pytest.mark.parametrize("choice", ["ddpm", "hybrid", "cosine", "v_prediction", "rectified_flow"])
 def test_an_objective_goes_the_whole_way(
     choice: str, tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = [f"diffusion={choice}", "run.sample_every=4"]
+    hybrid = choice == "hybrid"
+    more = [f"diffusion={'ddpm' if hybrid else choice}", f"model.learn_variance={hybrid}", "run.sample_every=4"]
     if choice == "rectified_flow":
         more += ["diffusion.shift_by=sqrt", "diffusion.shift_tokens=5"]  # 20 tokens: a shift of 2
     assert call(*words(tiny, tmp_path, *more)) == 0
@@ -34,6 +35,9 @@ def test_an_objective_goes_the_whole_way(
     (validation,) = [line for line in record if "val_loss" in line]
     times = [validation[f"val_loss_t{time}"] for time in (0.1, 0.3, 0.5, 0.7, 0.9)]
     assert validation["val_loss"] == pytest.approx(np.mean(times), rel=1e-5)
+    for line in (line for line in record if "vlb" in line):
+        assert hybrid and line["loss"] == pytest.approx(line["mse"] + line["vlb"], rel=1e-5)
+    assert hybrid == ("val_vlb" in validation) == ("vlb" in record[0])
     assert (tmp_path / "tiny" / "samples" / "step_00000004.png").is_file()
     dit, vae, contract = load_dit(tmp_path / "tiny")
     process = Process(**contract.diffusion)
@@ -97,6 +101,8 @@ def test_a_negative_prompt_leads_away(tiny: Tiny, tmp_path: Path, capsys: pytest
         ("train", ["diffusion=cosine", "diffusion.shift_by=sqrt"], r"diffusion\.shift: moves the times"),
         ("train", ["diffusion=ddpm", "diffusion.zero_terminal_snr=true"], "needs the objective velocity"),
         ("train", ["diffusion.zero_terminal_snr=true"], "rectified_flow ends in pure noise as it is"),
+        ("train", ["model=dit_xl_2"], r"model\.learn_variance: needs a noise schedule, .* take diffusion=ddpm"),
+        ("train", ["model=dit_xl_2", "diffusion=ddpm", "diffusion.vlb_weight=0"], "leave the variance .* untrained"),
         ("train", ["diffusion.shift=0"], r"diffusion\.shift: must be above 0"),
         ("train", ["diffusion.vlb_weight=-1"], r"diffusion\.vlb_weight: must be at least 0"),
         ("generate", ["sampling.eta=0.5"], r"sampling\.eta: is for the sampler ddim; euler adds no noise"),
@@ -114,3 +120,16 @@ def test_what_does_not_go_together_is_refused(root: str, overrides: list[str], s
     given = {"train": ["run.name=a", "data.shards=b", "vae_from=c"], "generate": ["model_from=a"]}
     with pytest.raises(UserError, match=says):
         compose(root, [*given[root], *overrides])
+
+
+def test_the_papers_row_is_one_choice_each() -> None:
+    """`model=dit_xl_2 diffusion=ddpm`: noise prediction on linear betas, integer steps, and the hybrid loss."""
+    from sora_lite.cli.compose import compose
+    from sora_lite.generation.pipeline import make_process
+
+    given = ["run.name=a", "data.shards=b", "vae_from=c"]
+    config = compose("train", [*given, "model=dit_xl_2", "diffusion=ddpm"])
+    assert config.model.learn_variance and config.diffusion.vlb_weight == 0.001
+    assert make_process(config.diffusion) == Process(
+        objective="epsilon", noise_schedule="linear", shift_slope=config.diffusion.shift_slope
+    )

@@ -12,7 +12,7 @@ import inspect
 import math
 import textwrap
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, StrEnum
 from functools import cache
 
 from hydra.core.config_store import ConfigStore
@@ -67,6 +67,64 @@ class Decoder(Enum):
 
     pyav = "pyav"
     decord = "decord"
+
+
+class Positions(StrEnum):
+    """How a token knows its place: rotary positions over (t, h, w), or fixed sines and cosines added to the tokens."""
+
+    rope = "rope"
+    sincos = "sincos"
+
+
+class Attention(StrEnum):
+    """Which tokens attend to each other: all; or in turn those of a frame and those of a place (Latte)."""
+
+    full = "full"
+    factorised = "factorised"
+
+
+class QKNorm(StrEnum):
+    """What the root mean square norm of queries and keys spans: a head, the full width (Wan), or nothing."""
+
+    head = "head"
+    full = "full"
+    none = "none"
+
+
+class Modulation(StrEnum):
+    """adaLN-Zero with a layer in each block, or one shared layer with offsets in each block (PixArt, Wan)."""
+
+    per_block = "per_block"
+    shared = "shared"
+
+
+class Gelu(StrEnum):
+    """Exact GELU, or its tanh form (the paper, Wan), which is 4 times slower on CPUs."""
+
+    erf = "erf"
+    tanh = "tanh"
+
+
+class TextAttention(StrEnum):
+    """Text is read by cross-attention, or goes along with the video tokens in joint blocks (MMDiT)."""
+
+    cross = "cross"
+    joint = "joint"
+
+
+class PositionScaling(StrEnum):
+    """What to do about positions beyond those of training: nothing, linear interpolation, or NTK-aware scaling."""
+
+    none = "none"
+    linear = "linear"
+    ntk = "ntk"
+
+
+class Layout(StrEnum):
+    """Files of an export: this project's, or those of diffusers (DiT, Latte and Wan models)."""
+
+    sora_lite = "sora_lite"
+    diffusers = "diffusers"
 
 
 class Format(Enum):
@@ -321,12 +379,38 @@ class DiTConfig:
     """Hidden width of the MLP, in token widths."""
     patch: list[int] = field(default_factory=lambda: [1, 2, 2])
     """Latent cells (frames, height, width) in one token."""
+    positions: Positions = Positions.rope
+    """Rotary, or fixed sines and cosines: 2-D for a still image, 3-D for more frames."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""
+    attention: Attention = Attention.full
+    """Over all tokens, or factorised into frames and time."""
+    qk_norm: QKNorm = QKNorm.head
+    """Norm of queries and keys."""
+    modulation: Modulation = Modulation.per_block
+    """Where the layer is that turns time, label and pooled text into shifts, scales and gates."""
+    gelu: Gelu = Gelu.erf
+    """Activation of the MLPs."""
     num_classes: int = 0
     """Number of class labels; 0 for a model without labels."""
     text: TextConfig | None = field(default_factory=TextConfig)
-    """Text encoder; null for a model without text."""
+    """Encoder over bytes, trained along; null for a model without it."""
+    text_features: int = 0
+    """Width of the features of a frozen text encoder (T5: 4096), read instead of bytes; 0 for none."""
+    text_tokens: int = 0
+    """0 masks the padding of text features; else they are padded with zeros to so many, which are attended to (Wan)."""
+    text_attention: TextAttention = TextAttention.cross
+    """How blocks read text."""
+    cross_norm: bool = True
+    """A layer norm before the cross-attention to text."""
+    pooled_features: int = 0
+    """Width of pooled text features (CLIP: 768) that join time and label; 0 for none."""
+    learn_variance: bool = False
+    """Predict twice the channels: the second half is the variance of the reverse step (with diffusion=ddpm)."""
+    frame_conditions: bool = False
+    """Read given frames: image to video, extension, interpolation."""
+    time_frequencies: int = 128
+    """Frequencies over which a time embedding falls to 1/10000: 128; 127 in diffusers' DiTTransformer2DModel."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -412,6 +496,8 @@ class GenerateConfig:
     """[height, width]; by default as in training (the first bucket)."""
     fps: float | None = None
     """Frames per second of the files; by default as in training."""
+    position_scaling: PositionScaling = PositionScaling.none
+    """For clips larger than in training (the first bucket): how positions are brought into the trained range."""
     shards: str | None = None
     """Shards whose held-out clips the page shows beside the generations."""
     run: str | None = None
@@ -629,15 +715,37 @@ def _check_sets(data: DataConfig) -> None:
 def _check_dit(model: DiTConfig) -> None:
     _require(model.width % model.heads == 0, "model.heads", f"{model.heads} does not divide model.width={model.width}")
     head = model.width // model.heads
-    _require(head % 2 == 0 and head >= 6, "model.heads", f"head width {head} must be even and at least 6 for 3-D RoPE")
+    if model.positions is Positions.rope:
+        _require(
+            head % 2 == 0 and head >= 6, "model.heads", f"head width {head} must be even and at least 6 for 3-D RoPE"
+        )
+    else:
+        _require(model.width % 4 == 0, "model.width", f"{model.width} must be a multiple of 4 for sines and cosines")
     if model.text is not None:
         text = model.text
         _require(text.width % text.heads == 0, "model.text.heads", f"{text.heads} does not divide {text.width}")
     _require(len(model.patch) == 3, "model.patch", f"must be [frames, height, width], not {model.patch}")
+    features = model.text_features > 0 or model.pooled_features > 0
     _require(
-        model.num_classes > 0 or model.text is not None,
+        model.num_classes > 0 or model.text is not None or features,
         "model.num_classes",
-        "the model has neither labels nor text; set model.num_classes or a model.text",
+        "the model has neither labels nor text; set model.num_classes, model.text or model.text_features",
+    )
+    _require(
+        model.text is None or not features,
+        "model.text_features",
+        "and model.pooled_features are instead of the encoder over bytes; set model.text=null",
+    )
+    _require(model.text_tokens == 0 or model.text_features > 0, "model.text_tokens", "needs model.text_features")
+    if model.text_attention is TextAttention.joint:
+        reads = model.text is not None or model.text_features > 0
+        _require(reads, "model.text_attention", "joint needs text; set model.text or model.text_features")
+        full = model.attention is Attention.full
+        _require(full, "model.text_attention", "joint needs model.attention=full; factorised blocks take cross")
+    even = model.attention is Attention.full or model.depth % 2 == 0
+    _require(even, "model.depth", f"{model.depth} must be even: factorised blocks come in pairs of frame and time")
+    _require(
+        model.time_frequencies in (127, 128), "model.time_frequencies", f"is 127 or 128, not {model.time_frequencies}"
     )
 
 

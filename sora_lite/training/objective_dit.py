@@ -78,10 +78,8 @@ class DiTObjective:
         with torch.device("meta"):
             dit = VideoDiT(**self.architecture)
             latent = torch.empty(1, *self.vae.latent_shape(frames, height, width))
-            text = torch.ones(1, (self.max_bytes or 0) + 1, dtype=torch.int64)
-            conditions = Conditions(labels=torch.zeros(1, dtype=torch.int64), text=text)
             time = torch.empty(1)
-        return count_flops(lambda: dit(latent, time, conditions))
+        return count_flops(lambda: dit(latent, time, dit.no_conditions(1)))
 
     def _seed(self, batch: ClipBatch, purpose: str) -> list[int]:
         return [hash_seed(self.seed, batch.step, int(position), purpose) for position in batch.positions]

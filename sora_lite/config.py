@@ -127,6 +127,14 @@ class Layout(StrEnum):
     diffusers = "diffusers"
 
 
+class BatchBy(Enum):
+    """What the micro-steps of all buckets have alike, as near as whole batches come: tokens, or FLOPs of the configured
+    models (forward and backward, and the frozen VAE's encoder), so that steps take about the same time."""
+
+    tokens = "tokens"
+    flops = "flops"
+
+
 class Format(Enum):
     """How a verb prints its table: for people or for machines."""
 
@@ -172,11 +180,13 @@ class BucketRule:
     resolution: list[int] = MISSING
     """[height, width] in pixels."""
     frames: int = MISSING
-    """Frames per clip at `data.fps`: 4k+1 for a VAE that compresses time by 4; 1 is a still image."""
+    """Frames per clip at its fps: 4k+1 for a VAE that compresses time by 4; 1 is a still image."""
     keep: float = 1.0
     """Fraction (chosen by key) of the fitting samples that go here; the others try the next row."""
+    fps: float | None = None
+    """Frames per second of these clips; by default `data.fps`."""
     batch: int | None = None
-    """Samples in a global micro-step; by default from `data.batch_tokens`."""
+    """Samples in a global micro-step; by default from `data.batch_tokens` and `data.batch_by`."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -204,9 +214,13 @@ class DataConfig:
     fps: float | None = None
     """Frames per second that the model sees; null keeps each clip's own rate."""
     buckets: list[BucketRule] = MISSING
-    """Bucket table. A sample goes to the first row that it is long enough for, nearest in aspect ratio."""
+    """Bucket table. A sample goes to the first row that it is long enough for and that does not enlarge it by more than
+    a quarter, nearest in aspect ratio. `sora-data buckets` proposes one."""
     batch_tokens: int = 32_768
-    """Tokens (of a VAE: latent cells) in a global micro-step over all ranks, for rows that do not name a batch."""
+    """Tokens (of a VAE: latent cells) in a global micro-step of the first row over all ranks; `batch_by` says what the
+    others have in common with it. Rows may name a batch instead."""
+    batch_by: BatchBy = BatchBy.tokens
+    """What the batches of all rows have alike: tokens, or flops (long clips then come in smaller batches)."""
     divisor: int = 8
     """Batches are multiples of this, so that any rank count dividing it can run or resume the run."""
     block_shards: int = 8
@@ -664,6 +678,7 @@ def _check_run(config: BaseTrainConfig) -> None:
         _require(len(rule.resolution) == 2, f"{key}.resolution", f"must be [height, width], not {rule.resolution}")
         _require(min(rule.resolution) >= 1, f"{key}.resolution", f"must be at least 1 pixel, not {rule.resolution}")
         _require(rule.frames >= 1, f"{key}.frames", f"must be at least 1, not {rule.frames}")
+        _require(rule.fps is None or rule.fps > 0, f"{key}.fps", f"must be above 0, or null, not {rule.fps}")
         _require(0 < rule.keep <= 1, f"{key}.keep", f"is a fraction in (0, 1], not {rule.keep}")
         if rule.batch is not None:
             _require(rule.batch >= 1, f"{key}.batch", f"must be at least 1, not {rule.batch}")

@@ -135,13 +135,14 @@ def write(
 def _real_clips(out: Path, captions: set[str], shards: Path, contract: Contract, fps: float) -> list[PageClip]:
     """For each caption a held-out clip that has it, where there is one, at the model's size."""
     index = Index.load(shards, "validation")
-    reader = ClipReader(index, fps=contract.fps or None, cache_bytes=0)
+    reader = ClipReader(index, cache_bytes=0)
     frames, height, width = contract.clip
     found: dict[str, PageClip] = {}
     for sample in range(len(index)):
-        for caption in captions.intersection(reader.meta(sample).get("captions") or []) - found.keys():
+        for caption in captions.intersection(reader.captions(sample)) - found.keys():
             name = f"real_{sample:04d}.mp4"
-            write_mp4(out / name, reader.read(sample, (frames, height, width)).frames, fps)
+            clip = reader.read(sample, (frames, height, width), contract.fps or None)
+            write_mp4(out / name, clip.frames, fps)
             found[caption] = PageClip(file=name, caption=caption)
         if len(found) == len(captions):
             break

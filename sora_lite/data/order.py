@@ -193,7 +193,7 @@ class Order:
     def _hash_all(self) -> str:
         digest = hashlib.sha256(f"{self.seed} {self._block_shards} {CYCLE} {self._bucket_shares}".encode())
         for bucket, runs, shares in zip(self.buckets, self._runs, self._set_shares, strict=True):
-            digest.update(f"{bucket.shape} {bucket.batch} {runs} {shares} {bucket.fingerprint()}".encode())
+            digest.update(f"{bucket.shape} {bucket.fps} {bucket.batch} {runs} {shares} {bucket.fingerprint()}".encode())
         return digest.hexdigest()
 
     def _masses(self) -> list[list[Fraction]]:

@@ -19,8 +19,8 @@ import torch
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
-from sora_lite.config import BaseTrainConfig, DataConfig
-from sora_lite.data.buckets import rows_from
+from sora_lite.config import BaseTrainConfig, BatchBy, DataConfig
+from sora_lite.data.buckets import Budget, Row, rows_from
 from sora_lite.data.compiled import open_buckets, open_index
 from sora_lite.data.index import Index
 from sora_lite.data.loader import BadSample, ClipBatch, ClipLoader
@@ -87,7 +87,7 @@ class Trainer:
         micro = bucket.batch // rank.world_size // config.parallel.accumulation
 
         def held_out(index: Index, count: int) -> HeldOut:
-            return HeldOut(index, count=count, shape=bucket.shape, fps=config.data.fps, rank=rank, batch=micro)
+            return HeldOut(index, count=count, shape=bucket.shape, fps=bucket.fps, rank=rank, batch=micro)
 
         validation = load_split(config.data, "validation", rank, required=False)
         self.validation = held_out(validation, config.run.validation_samples)
@@ -245,7 +245,7 @@ class Trainer:
             "finished": self.finished,
             "flops": self.flops,
             "clip": list(self.loader.order.buckets[0].shape),
-            "fps": self.config.data.fps or 0.0,
+            "fps": self.loader.order.buckets[0].fps or 0.0,
         }
         checkpoint.save(
             self.checkpoints,
@@ -336,16 +336,34 @@ def load_split(data: DataConfig, split: str, rank: Rank, *, required: bool = Tru
     return index
 
 
+def make_rows(data: DataConfig, objective: Objective) -> list[Row]:
+    """The configured bucket table, with the batches that it leaves to the budget."""
+    rules = [
+        Row(
+            shape=(rule.frames, rule.resolution[0], rule.resolution[1]),
+            keep=rule.keep,
+            batch=rule.batch or 0,
+            fps=rule.fps or data.fps,
+        )
+        for rule in data.buckets
+    ]
+    budget = Budget(
+        cost=objective.cost if data.batch_by is BatchBy.flops else objective.tokens,
+        tokens=objective.tokens,
+        batch_tokens=data.batch_tokens,
+        divisor=data.divisor,
+    )
+    return rows_from(rules, budget)
+
+
 def make_loader(config: BaseTrainConfig, index: Index, objective: Objective, rank: Rank) -> ClipLoader:
     """The loader of the configured data for this rank. All ranks call it."""
     data = config.data
-    rules = [((rule.resolution[0], rule.resolution[1]), rule.frames, rule.keep, rule.batch) for rule in data.buckets]
-    rows = rows_from(rules, objective.tokens, data.batch_tokens, data.divisor)
-    rank.main_first(lambda: open_buckets(index, rows, data.fps))
+    rows = make_rows(data, objective)
+    rank.main_first(lambda: open_buckets(index, rows))
     return ClipLoader(
         index,
         rows,
-        fps=data.fps,
         seed=config.run.seed,
         block_shards=data.block_shards,
         flip=data.flip,

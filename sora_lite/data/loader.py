@@ -6,22 +6,27 @@ number of workers nor which one made it.
 Shapes: B samples of a rank's micro-batch, T frames, H W pixels.
 """
 
+import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from sora_lite.data.buckets import Row, spare_frames
 from sora_lite.data.compiled import open_buckets
 from sora_lite.data.index import Index, OpenShards
 from sora_lite.data.order import MicroStep, Order, check_parts, hash_seed, rank_positions
+from sora_lite.data.prefetch import Prefetcher
+from sora_lite.data.remote import ReadCounts
 from sora_lite.data.shards import DamagedSample, captions_of
 from sora_lite.data.transforms import cover_box, mirror, resize_crop
 from sora_lite.data.video import BadVideo, decode_clip
+from sora_lite.data.workers import Workers
 from sora_lite.errors import UserError
 
 MAX_REPLACEMENTS = 16
@@ -31,11 +36,14 @@ WORDS = tuple(f"{what}_{part}" for what in ("text", "json") for part in ("offset
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class BadSample:
-    """A sample that could not be read, and why. It was replaced."""
+    """A sample that could not be read, and why; where in the order it was, and the key of what replaced it there."""
 
     key: str
     shard: str
     reason: str
+    step: int
+    position: int
+    replaced_by: str
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -58,6 +66,7 @@ class ClipBatch:
     video: uint8 B 3 T H W in [0, 255]. keys: of the samples. captions: one per sample, "" for none. labels: int64 B,
     -1 for none. positions: int64 B, places in the global step's batch. step: the global step. views: one per sample.
     samples: int64 B, their numbers in the index. bucket: number of the bucket. bad: samples replaced.
+    seconds: that making the batch took its worker. reads: what it read meanwhile.
     """
 
     video: Tensor
@@ -70,6 +79,8 @@ class ClipBatch:
     samples: Tensor
     bucket: int
     bad: list[BadSample] = field(default_factory=list)
+    seconds: float = 0.0
+    reads: ReadCounts = field(default_factory=ReadCounts)
 
     def __post_init__(self) -> None:
         b = len(self.keys)
@@ -80,7 +91,7 @@ class ClipBatch:
             raise ValueError("captions, labels, positions, views and samples differ in number from the keys")
 
     def pin_memory(self) -> "ClipBatch":
-        """Called by torch's DataLoader."""
+        """The same in memory that a device copies from."""
         return replace(self, video=self.video.pin_memory())
 
 
@@ -173,19 +184,29 @@ class ClipReader:
         )
 
 
-class _MicroBatches(Dataset[ClipBatch | str]):
-    """Item (step, pass) is this rank's micro-batch, or the message of the UserError that it ended in."""
+class _MicroBatches:
+    """Item (step, pass) gives this rank's micro-batch."""
 
     def __init__(self, reader: ClipReader, order: Order, seed: int, flip: bool, parts: tuple[int, int, int]) -> None:
         self.reader, self.order, self.seed, self.flip = reader, order, seed, flip
         self.rank, self.world_size, self.accumulation = parts
 
-    def __getitem__(self, item: tuple[int, int]) -> ClipBatch | str:
-        # Handed over as a value: of an error that a worker raises, torch makes the text of its traceback.
-        try:
-            return self._batch(*item)
-        except UserError as error:
-            return str(error)
+    def __call__(self, item: tuple[int, int]) -> ClipBatch:
+        start = time.perf_counter()
+        batch = self._batch(*item)
+        return replace(batch, seconds=time.perf_counter() - start, reads=self.reader.shards.counts.take())
+
+    def remote_shards(self, step: int) -> list[int]:
+        """Numbers of the shards behind URLs that this rank reads in a step."""
+        (micro,) = self.order.step(step)
+        positions = np.concatenate(
+            rank_positions(
+                len(micro.samples), rank=self.rank, world_size=self.world_size, accumulation=self.accumulation
+            )
+        )
+        index = self.reader.index
+        shards = np.unique(index.shard[micro.samples[positions]]).tolist()
+        return [shard for shard in shards if not isinstance(index.shard_paths[shard], Path)]
 
     def _batch(self, step: int, one_pass: int) -> ClipBatch:
         (micro,) = self.order.step(step)
@@ -219,20 +240,33 @@ class _MicroBatches(Dataset[ClipBatch | str]):
 
     def _read(self, micro: MicroStep, step: int, position: int, bad: list[BadSample]) -> tuple[int, int, Clip]:
         """(sample, its own frame that the clip begins with, clip) at a position, or a stand-in where it is damaged."""
-        sample, fps = int(micro.samples[position]), self.order.buckets[micro.bucket].fps
+        index, first, fps = self.reader.index, int(micro.samples[position]), self.order.buckets[micro.bucket].fps
+        sample, damaged = first, []
         for attempt in range(MAX_REPLACEMENTS):
             try:
                 spare = self.reader.spare(sample, micro.shape[0], fps)
                 start = hash_seed(self.seed, step, position, "start") % (spare + 1)
-                return sample, start, self.reader.read(sample, micro.shape, fps, start)
+                clip = self.reader.read(sample, micro.shape, fps, start)
             except (DamagedSample, BadVideo) as error:
-                index = self.reader.index
-                shard = index.shard_paths[int(index.shard[sample])].name
-                bad.append(BadSample(key=index.key(sample), shard=shard, reason=str(error)))
-                sample = self.order.replacement(micro.bucket, step, position, attempt)
+                damaged.append((sample, str(error)))
+                sample = self.order.replacement(micro.bucket, first, step, position, attempt)
+                continue
+            bad += [
+                BadSample(
+                    key=index.key(one),
+                    shard=index.shard_paths[int(index.shard[one])].name,
+                    reason=reason,
+                    step=step,
+                    position=position,
+                    replaced_by=index.key(sample),
+                )
+                for one, reason in damaged
+            ]
+            return sample, start, clip
+        one, reason = damaged[-1]
         raise UserError(
-            f"{bad[-1].shard}: {MAX_REPLACEMENTS} samples in a row are damaged (the last: {bad[-1].reason}); "
-            "run `sora-data verify` on the shards"
+            f"{index.shard_paths[int(index.shard[one])].name}: {MAX_REPLACEMENTS} samples in a row are damaged "
+            f"(the last: {reason}); run `sora-data verify` on the shards"
         )
 
 
@@ -246,6 +280,8 @@ class ClipLoader:
         seed, block_shards, flip: as configured.
         rank, world_size, accumulation: how each batch is divided.
         workers: decoding processes. cache_bytes: memory of decoded clips in each.
+        worker_timeout: seconds after which a worker that makes no batch is started anew.
+        say: told of such things.
         pin: pinned memory, for a device that copies from it.
         decoder: as for `video.decode_clip`.
 
@@ -270,6 +306,8 @@ class ClipLoader:
         decoder: str = "pyav",
         weights: Sequence[float] | None = None,
         image_ratio: float | None = None,
+        worker_timeout: float = 900.0,
+        say: Callable[[str], None] = print,
     ) -> None:
         buckets = open_buckets(index, rows)
         check_parts([bucket.batch for bucket in buckets], world_size=world_size, accumulation=accumulation)
@@ -283,9 +321,12 @@ class ClipLoader:
             image_ratio=image_ratio,
         )
         self.accumulation = accumulation
-        self._workers, self._pin = workers, pin
+        self._pin, self._say = pin, say
         reader = ClipReader(index, cache_bytes=cache_bytes, decoder=decoder)
         self._dataset = _MicroBatches(reader, self.order, seed, flip, (rank, world_size, accumulation))
+        self.workers = Workers(self._dataset, workers, timeout=worker_timeout, say=say)
+        remote = not all(isinstance(path, Path) for path in index.shard_paths)
+        self._prefetcher = Prefetcher(index, self._dataset.remote_shards) if remote else None
 
     def begin_order(self, step: int) -> None:
         """Let the order begin at a global step, before anything is read: data or shares have changed there."""
@@ -294,25 +335,16 @@ class ClipLoader:
     def steps(self, start: int, stop: int) -> Iterator[list[ClipBatch]]:
         """Batches of the steps start, ..., stop - 1; each is a list with one micro-batch per accumulation pass."""
         pairs = ((step, one) for step in range(start, stop) for one in range(self.accumulation))
-        batches = iter(
-            DataLoader(
-                self._dataset,
-                batch_size=None,
-                sampler=pairs,
-                num_workers=self._workers,
-                prefetch_factor=4 if self._workers else None,
-                pin_memory=self._pin,
-            )
-        )
-        try:
-            for _ in range(start, stop):
-                yield [_or_raise(next(batches)) for _ in range(self.accumulation)]
-        finally:
-            # The workers end when the last reference goes; an error's traceback would keep one until who knows when.
-            del batches
-
-
-def _or_raise(batch: ClipBatch | str) -> ClipBatch:
-    if isinstance(batch, str):
-        raise UserError(batch)
-    return batch
+        with ExitStack() as ending:
+            if self._prefetcher is not None:
+                ending.enter_context(self._prefetcher.running(start, stop))
+            batches = self.workers.answers(pairs)
+            ending.callback(batches.close)
+            for step in range(start, stop):
+                together = [next(batches) for _ in range(self.accumulation)]
+                if self._prefetcher is not None:
+                    if self._prefetcher.go_on(step):
+                        self._say("the process that fetches shards ahead died and was started anew")
+                        self.workers.restarts += 1
+                    together[0].reads.add(self._prefetcher.take())
+                yield [batch.pin_memory() for batch in together] if self._pin else together

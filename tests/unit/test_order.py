@@ -254,9 +254,13 @@ def test_fingerprint_and_replacement() -> None:
     assert len(prints | {make([64], batch=16).fingerprint(), make([64], block=1).fingerprint()}) == 5
     assert make([64]).fingerprint() in prints
     order = make([64, 64])
-    stand_ins = [order.replacement(1, 5, position, attempt) for position in range(8) for attempt in range(4)]
+    stand_ins = [order.replacement(1, 70, 5, position, attempt) for position in range(8) for attempt in range(4)]
     assert all(64 <= one < 128 for one in stand_ins) and len(set(stand_ins)) > 16
-    assert stand_ins[3] == make([64, 64]).replacement(1, 5, 0, 3)
+    assert stand_ins[3] == make([64, 64]).replacement(1, 70, 5, 0, 3)
+    mixed = Order(order.buckets, seed=0, block_shards=2, set_shards=[9, 4])  # shard 9 begins within the second bucket
+    for sample, low, high in ((3, 0, 64), (70, 64, 90), (100, 90, 128)):  # from its own data set, where it has any
+        found = {mixed.replacement(int(sample >= 64), sample, 5, 0, attempt) for attempt in range(200)}
+        assert min(found) == low and max(found) == high - 1
 
 
 def test_seeds_are_fixed_for_ever() -> None:

@@ -520,9 +520,9 @@ class ConditionConfig:
     """Pictures or clips that generations have to keep, at a clip's own rate and in the generation's size."""
 
     first: str | None = None
-    """Picture (PNG, JPEG) or clip that generations begin with; of a clip its last `frames` frames: they go on from it."""
+    """Picture (PNG, JPEG) or clip that generations begin with; of a clip its last `frames` frames."""
     last: str | None = None
-    """Picture or clip that generations end with; of a clip its first `frames` frames: they lead up to it."""
+    """Picture or clip that generations end with; of a clip its first `frames` frames."""
     frames: int = 5
     """How many frames of a clip are kept: 4k+1 for a VAE that compresses time by 4."""
 

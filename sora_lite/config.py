@@ -51,6 +51,15 @@ class Sampler(Enum):
     heun = "heun"
 
 
+class SpikeAction(Enum):
+    """What happens at a spike of loss or gradient norm: nothing, its update is left out, or the run goes back to its
+    newest checkpoint and on behind the data of the spike."""
+
+    ignore = "ignore"
+    skip = "skip"
+    rollback = "rollback"
+
+
 class WandbMode(Enum):
     """Where the Weights & Biases view of a run goes. `auto` is online if a key is configured, else offline."""
 
@@ -184,6 +193,29 @@ class RunConfig:
     """How many held-out samples validation looks at."""
     sample_every: int = 0
     """Sample clips (or reconstructions) as a contact sheet every so many steps; 0 turns it off."""
+    check_every: int = 500
+    """Compare what all ranks hold a copy of (frozen weights; under ZeRO 0 the trained ones) every so many steps, and
+    before each checkpoint; a rank that is off is named and the run stops."""
+    watchdog_seconds: float = 600.0
+    """Longest time without progress, after which the stacks of all ranks are written and the run ends."""
+    deterministic: bool = False
+    """Bit for bit the same on GPUs too, at a cost in speed; on CPUs it is so anyway."""
+
+
+@dataclass(kw_only=True, slots=True)
+class GuardConfig:
+    """Which updates are not made. Those from a loss or gradients that are not finite never are."""
+
+    spikes: SpikeAction = SpikeAction.skip
+    """What happens at a spike: a loss or gradient norm above mean + sigma * standard deviation of the window."""
+    sigma: float = 10.0
+    """How far above the mean a spike begins, in standard deviations."""
+    window: int = 128
+    """Updates that a value is compared with; until so many were made nothing is a spike."""
+    max_skips: int = 16
+    """Stop the run when more updates than this were left out within a window."""
+    max_rollbacks: int = 3
+    """Stop the run at a spike after so many rollbacks."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -462,6 +494,7 @@ class BaseTrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
@@ -706,6 +739,12 @@ def _check_run(config: BaseTrainConfig) -> None:
     _require(bool(run.name) and "/" not in run.name, "run.name", f"{run.name!r} is no folder name; leave out slashes")
     for key in ("steps", "log_every", "save_every", "keep_last"):
         _require(getattr(run, key) >= 1, f"run.{key}", "must be at least 1")
+    _require(run.check_every >= 1, "run.check_every", f"must be at least 1, not {run.check_every}")
+    _require(run.watchdog_seconds > 0, "run.watchdog_seconds", f"must be above 0, not {run.watchdog_seconds}")
+    _require(config.guard.window >= 2, "guard.window", f"must be at least 2, not {config.guard.window}")
+    _require(config.guard.sigma > 0, "guard.sigma", f"must be above 0, not {config.guard.sigma}")
+    for key in ("max_skips", "max_rollbacks"):
+        _require(getattr(config.guard, key) >= 0, f"guard.{key}", "must be at least 0")
     for key in ("validate_every", "validation_samples", "sample_every"):
         _require(getattr(run, key) >= 0, f"run.{key}", "must be at least 0")
     _require(parallel.accumulation >= 1, "parallel.accumulation", f"must be at least 1, not {parallel.accumulation}")

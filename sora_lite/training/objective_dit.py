@@ -227,6 +227,9 @@ class DiTObjective:
     def finish(self, engine: Engine, training: HeldOut) -> None:
         """Nothing to add to the weights."""
 
+    def frozen(self) -> dict[str, torch.Tensor]:
+        return {f"vae.{name}": tensor for name, tensor in self.vae.state_dict().items()}
+
     def state(self) -> dict[str, Any]:
         return {"model": self.architecture, "vae_fingerprint": self.fingerprint}
 

@@ -164,6 +164,19 @@ class Layout(StrEnum):
     diffusers = "diffusers"
 
 
+class FrameMode(Enum):
+    """Which frames of a clip are given, and the others made: none (text only), the first (image to video), the last,
+    both, those before (extension forward), those after (extension backward), or any."""
+
+    none = "none"
+    first = "first"
+    last = "last"
+    first_last = "first_last"
+    before = "before"
+    after = "after"
+    random = "random"
+
+
 class BatchBy(Enum):
     """What the micro-steps of all buckets have alike, as near as whole batches come: tokens, or FLOPs of the configured
     models (forward and backward, and the frozen VAE's encoder), so that steps take about the same time."""
@@ -539,6 +552,16 @@ class TrainVAEConfig(BaseTrainConfig):
 
 
 @dataclass(kw_only=True, slots=True)
+class FrameRule:
+    """One row of the ratios by which training gives frames."""
+
+    mode: FrameMode = MISSING
+    """Which frames are given."""
+    weight: float = 1.0
+    """How often, against the other rows."""
+
+
+@dataclass(kw_only=True, slots=True)
 class TrainConfig(BaseTrainConfig):
     """`sora-lite train`: train the video DiT."""
 
@@ -546,6 +569,8 @@ class TrainConfig(BaseTrainConfig):
     """The trained VAE: an export (`sora-lite export`), or a run folder that holds one."""
     model: DiTConfig = field(default_factory=DiTConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    frames: list[FrameRule] = field(default_factory=list)
+    """How often which frames of a clip are given; needs `model.frame_conditions`, and clips as video."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -575,6 +600,18 @@ class SamplingConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class ConditionConfig:
+    """Pictures or clips that generations have to keep, at a clip's own rate and in the generation's size."""
+
+    first: str | None = None
+    """Picture (PNG, JPEG) or clip that generations begin with; of a clip its last `frames` frames."""
+    last: str | None = None
+    """Picture or clip that generations end with; of a clip its first `frames` frames."""
+    frames: int = 5
+    """How many frames of a clip are kept: 4k+1 for a VAE that compresses time by 4."""
+
+
+@dataclass(kw_only=True, slots=True)
 class GenerateConfig:
     """`sora-lite generate`: make clips from an exported model."""
 
@@ -588,6 +625,8 @@ class GenerateConfig:
     """Class labels, one per prompt, or alone; empty for none."""
     negative_prompt: str = ""
     """What shall not be seen: guidance leads away from this text instead of from none."""
+    condition: ConditionConfig = field(default_factory=ConditionConfig)
+    """Frames that generations have to keep; then prompts and labels may be left out."""
     count: int = 1
     """Generations per prompt."""
     frames: int | None = None
@@ -635,6 +674,8 @@ class EvaluateConfig:
     """Generations, spread alike over all combinations of the attributes."""
     clips: int = 400
     """Held-out clips for the VAE's reconstruction figures."""
+    frames: list[FrameMode] = field(default_factory=list)
+    """Measure these ways of giving frames (of held-out clips) instead of generations from prompts alone."""
     judge_steps: int = 600
     """Training steps of each classifier."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -731,8 +772,11 @@ def check(config: object) -> None:
         _check_dit(config.model)
     if isinstance(config, TrainConfig):
         _check_diffusion(config.diffusion, config.model.learn_variance)
+        _check_frames(config)
     if isinstance(config, GenerateConfig | EvaluateConfig):
         _check_sampling(config.sampling)
+    if isinstance(config, EvaluateConfig):
+        _require(FrameMode.random not in config.frames, "frames", "random is for training; take before or first_last")
     if isinstance(config, TrainVAEConfig):
         _check_vae(config.vae, config.data.buckets)
 
@@ -919,6 +963,16 @@ def _check_sampling(sampling: SamplingConfig) -> None:
         channels is None or channels >= 1, "sampling.guidance_channels", f"must be at least 1, or null, not {channels}"
     )
     _require(shift is None or shift > 0, "sampling.shift", f"must be above 0, or null, not {shift}")
+
+
+def _check_frames(config: TrainConfig) -> None:
+    given, reads = any(rule.mode is not FrameMode.none for rule in config.frames), config.model.frame_conditions
+    _require(
+        reads or not given, "model.frame_conditions", "is false, but frames has rows that give frames; set it to true"
+    )
+    _require(given or not reads, "frames", "has no row that gives frames; add one, or model.frame_conditions=false")
+    for i, rule in enumerate(config.frames):
+        _require(0 < rule.weight < math.inf, f"frames[{i}].weight", f"must be above 0, not {rule.weight}")
 
 
 def _check_vae(vae: VAEConfig, buckets: list[BucketRule]) -> None:

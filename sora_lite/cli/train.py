@@ -63,7 +63,9 @@ def train(config: TrainConfig | TrainVAEConfig, rank: Rank) -> None:
         objective = VAEObjective(config.vae, config.loss, seed=config.run.seed, rank=rank)
     else:
         vae, vae_contract = load_vae(Path(config.vae_from))
-        objective = DiTObjective(config.model, config.diffusion, vae, seed=config.run.seed, rank=rank)
+        objective = DiTObjective(
+            config.model, config.diffusion, vae, frames=config.frames, seed=config.run.seed, rank=rank
+        )
     check_buckets(config, objective)
     trainer = Trainer(config, objective, rank)
     if rank.is_main:

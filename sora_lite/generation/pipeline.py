@@ -5,7 +5,7 @@ Shapes: B generations, C latent channels, T H W frames and pixels, t h w latent 
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from functools import partial
 
@@ -18,6 +18,7 @@ from sora_lite.diffusion.guidance import guided
 from sora_lite.diffusion.process import Process
 from sora_lite.diffusion.sampler import SAMPLERS
 from sora_lite.errors import UserError
+from sora_lite.generation.frames import Given, decode_with_given, encode_given
 from sora_lite.models.conditions import Conditions
 from sora_lite.models.dit import VideoDiT
 from sora_lite.models.patch import token_grid
@@ -112,6 +113,7 @@ def sample_latents(
     negative_prompt: str = "",
     seeds: Sequence[int],
     device: torch.device,
+    given: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Normalised latents B C t h w for B requests, from one seed each.
 
@@ -120,12 +122,15 @@ def sample_latents(
         shape: latent shape (C, t, h, w).
         process: of training; its shift is used where `sampling` names none. tokens: of a clip.
         negative_prompt: what guidance leads away from.
+        given: `frames` and `frame_mask` of `Conditions`. Guidance leads to the words, so both sides of it see these.
     """
     check_sampling(sampling, process, shape[0])
     asked, null = (
         conditions(some, num_classes=num_classes, max_bytes=max_bytes, device=device)
         for some in (requests, [Request(prompt=negative_prompt)] * len(requests))
     )
+    if given is not None:
+        asked, null = (replace(one, frames=given[0], frame_mask=given[1]) for one in (asked, null))
     output = guided(
         model,
         asked,
@@ -165,15 +170,19 @@ class Pipeline:
         clip: tuple[int, int, int],
         sampling: SamplingConfig,
         negative_prompt: str = "",
+        given: Given | None = None,
     ) -> Iterator[Tensor]:
         """Yield one uint8 clip T H W 3 per request, batch by batch.
 
         Generation i has its own noise from (sampling.seed, i), so it does not depend on the batch.
-        clip: (T, H, W) in frames and pixels. negative_prompt: what guidance leads away from.
+        clip: (T, H, W) in frames and pixels. negative_prompt: what guidance leads away from. given: frames to
+        keep, a row for each request.
 
         Raises:
             UserError: the model cannot take a request, the size or the sampling.
         """
+        if given is not None and self.dit.embed_frames is None:
+            raise UserError("condition: this model reads no frames; train one with model.frame_conditions=true")
         max_bytes = self.dit.text.max_bytes if isinstance(self.dit.text, ByteTextEncoder) else None
         check_requests(requests, num_classes=self.dit.num_classes, has_text=max_bytes is not None)
         if negative_prompt and (max_bytes is None or sampling.guidance == 1):
@@ -187,6 +196,10 @@ class Pipeline:
         for start in range(0, len(requests), sampling.batch):
             batch = requests[start : start + sampling.batch]
             seeds = [hash_seed(sampling.seed, "generation", start + i) for i in range(len(batch))]
+            frames = mask = None
+            if given is not None:
+                video, mask = (one[start : start + len(batch)].to(self.device) for one in (given.video, given.mask))
+                frames = encode_given(self.vae, to_float(video), mask)
             latents = sample_latents(
                 self.dit,
                 batch,
@@ -199,7 +212,11 @@ class Pipeline:
                 negative_prompt=negative_prompt,
                 seeds=seeds,
                 device=self.device,
+                given=frames,
             )
-            for part in latents.split(clips_at_once(*clip)):
-                video = to_uint8(self.vae.decode(self.vae.denormalize(part)))  # b 3 T H W
-                yield from video.permute(0, 2, 3, 4, 1).cpu()
+            for rows in torch.arange(len(batch)).split(clips_at_once(*clip)):
+                if frames is None or mask is None:
+                    made = self.vae.decode(self.vae.denormalize(latents[rows]))  # b 3 T H W
+                else:
+                    made = decode_with_given(self.vae, latents[rows], frames[0][rows], mask[rows])
+                yield from to_uint8(made).permute(0, 2, 3, 4, 1).cpu()

@@ -84,6 +84,7 @@ RULES: dict[str, tuple[Rule, str]] = {
     "vae_from": (_CONTENT, "compared by the VAE's fingerprint"),
     "model": (_KEPT, "the weights in the checkpoint are for it"),
     "diffusion": (_KEPT, "what is trained"),
+    "frames": (_KEPT, "what is trained"),
     "vae": (_KEPT, "the weights in the checkpoint are for it"),
     "loss": (_KEPT, "what is trained"),
 }

@@ -51,7 +51,7 @@ def main() -> None:
 
     calls = {str(shape): (lambda shape=shape: step_of(vae, dit, shape, AT_ONCE)) for shape in SHAPES}
     seconds = {name: value / AT_ONCE for name, value in take_turns(calls, rounds=3).items()}  # of one clip
-    print(f"steps of four buckets, from the CPU time of one clip of each; batches near {BATCH_TOKENS:,} tokens of the first")
+    print(f"steps of four buckets, by the CPU time of a clip of each; budget {BATCH_TOKENS:,} tokens of the first")
     costs = {"by tokens": tokens, "by FLOPs": flops, "by time": lambda *shape: seconds[str(shape)]}
     for name, cost in costs.items():
         budget = Budget(cost=cost, tokens=tokens, batch_tokens=BATCH_TOKENS, divisor=1)

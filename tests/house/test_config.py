@@ -65,7 +65,7 @@ def test_every_choice_composes(root: str) -> None:
 
 @pytest.mark.parametrize("choice", choices("diffusion"))
 def test_every_objective_composes(choice: str) -> None:
-    compose_whole("train", f"diffusion={choice}")
+    assert isinstance(compose_whole("train", f"diffusion={choice}"), schema.TrainConfig)
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

@@ -3,7 +3,8 @@
 run folder: RUN/
   config.yaml          the resolved configuration of the last attempt
   metrics.jsonl        the record
-  checkpoints/         see `training.checkpoint`
+  attempts/            see `training.lease`
+  checkpoints/         see `training.store`
   samples/             contact sheets
 """
 
@@ -19,7 +20,7 @@ import torch
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
-from sora_lite.config import BaseTrainConfig, DataConfig
+from sora_lite.config import BaseTrainConfig, DataConfig, OnDamage
 from sora_lite.data.buckets import rows_from
 from sora_lite.data.compiled import open_buckets, open_index
 from sora_lite.data.index import Index
@@ -27,12 +28,14 @@ from sora_lite.data.loader import BadSample, ClipBatch, ClipLoader
 from sora_lite.errors import UserError
 from sora_lite.parallel.apply import apply_activation_checkpointing
 from sora_lite.parallel.env import Rank
-from sora_lite.training import checkpoint
+from sora_lite.training.checkpoint import Saver
 from sora_lite.training.ema import EMA
 from sora_lite.training.engine import Engine
+from sora_lite.training.lease import Held
 from sora_lite.training.metrics import Means, peak_flops
 from sora_lite.training.objective import HeldOut, Loss, Objective
 from sora_lite.training.optim import learning_rate
+from sora_lite.training.restore import restore
 from sora_lite.training.tracking import Tracker
 
 STATISTICS_SAMPLES = 512
@@ -63,7 +66,7 @@ def train_step(
 
 
 class Trainer:
-    """A run: everything that is built once, and the loop.
+    """A run: everything that is built once, and the loop. First `resume`, then `run`; building changes no file.
 
     Args:
         config: checked configuration.
@@ -77,7 +80,6 @@ class Trainer:
     def __init__(self, config: BaseTrainConfig, objective: Objective, rank: Rank) -> None:
         self.config, self.objective, self.rank = config, objective, rank
         self.folder = Path(config.run.root) / config.run.name
-        self.checkpoints = self.folder / "checkpoints"
         index = load_split(config.data, "train", rank)
         self.loader = make_loader(config, index, objective, rank)
         bucket = self.loader.order.buckets[0]
@@ -94,16 +96,13 @@ class Trainer:
         self.engine = Engine(
             objective.module, optim=config.optim, parallel=config.parallel, rank=rank, global_batch=bucket.batch
         )
-        self.ema = EMA(self.engine, config.optim.ema_decay) if config.optim.ema_decay > 0 else None
+        optim = config.optim
+        self.ema = EMA(self.engine, optim.ema_decay, on_cpu=optim.ema_on_cpu) if optim.ema_decay > 0 else None
         self.wandb_id: str | None = None
         self.tracker: Tracker | None = None
         self.seen = self.bad = 0
         self.finished = False
-        self.step = self._resume()
-        # Only now: a command that is refused leaves no folder, and the record of what was trained as it is.
-        if rank.is_main:
-            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
-            OmegaConf.save(OmegaConf.structured(config), self.folder / "config.yaml")
+        self.step = 0
 
     # ------------------------------------------------------------------------------------------------ the loop
 
@@ -114,6 +113,7 @@ class Trainer:
             if not self.finished:  # run.steps was lowered to where the run is, or below
                 self._finish()
                 self._save()
+                self.saver.finish()
             self._say(f"{self.folder}: already trained to step {self.step}")
             return
         self.finished = False
@@ -136,6 +136,7 @@ class Trainer:
                 result = train_step(self.objective, self.engine, self.ema, micro_batches, self.step, lr)
                 self.step += 1
                 progress.update()
+                self.saver.border()
                 self._count(result, micro_batches, means, clock)
                 # A checkpoint ends a line of the record too: whoever goes on from it averages over the same steps.
                 if self._due(run.log_every) or self._due(run.save_every):
@@ -151,6 +152,7 @@ class Trainer:
                 if self._due(run.save_every):
                     self._save()
                     clock.restart()
+            self.saver.finish()
         self._say(f"{self.folder}: trained to step {self.step}")
 
     def _due(self, every: int) -> bool:
@@ -254,34 +256,44 @@ class Trainer:
             "clip": list(self.loader.order.buckets[0].shape),
             "fps": self.config.data.fps or 0.0,
         }
-        checkpoint.save(
-            self.checkpoints,
-            self.step,
-            {self.objective.name: self.engine},
-            {self.objective.name: self.ema},
-            extra,
-            self.rank,
-            self.config.run.keep_last,
-        )
+        self.saver.save(self.step, extra)
 
-    def _resume(self) -> int:
-        """Load the newest checkpoint, if there is one. Returns the step that it was made at."""
-        # Rank 0 looks, since a network file system may not show all nodes the same.
-        found = self.rank.together(lambda: checkpoint.latest(self.checkpoints) if self.rank.is_main else None)
-        name = self.rank.gather(found.name if found else None)[0]
-        if name is None:
-            return 0
-        path = self.checkpoints / name
-        state = checkpoint.load(
-            path,
-            {self.objective.name: self.engine},
-            {self.objective.name: self.ema},
-            check=lambda state: self._check_agrees(path, state["extra"]["must_agree"]),
+    def resume(self, lease: Held) -> None:
+        """Go on from the newest good checkpoint, if there is one, and write down what this attempt runs with."""
+        run, folder = self.config.run, self.folder / "checkpoints"
+        engines, emas = {self.objective.name: self.engine}, {self.objective.name: self.ema}
+        # Before the pointer is read: no attempt that was taken for dead can move it after this.
+        self.saver = Saver(
+            folder,
+            engines,
+            emas,
+            self.rank,
+            keep_last=run.keep_last,
+            keep_every=run.keep_every,
+            background=run.save_in_background,
+            on_failure=run.on_failed_save,
+            token=lease.token,
+            fence=lease.check,
+            say=self._say,
         )
-        self.wandb_id = state["extra"]["wandb_id"]
-        self.finished = state["extra"]["finished"]
-        self._say(f"{self.folder}: goes on from step {state['step']}")
-        return int(state["step"])
+        state = restore(
+            folder,
+            engines,
+            emas,
+            token=lease.token,
+            fence=lease.check,
+            check=lambda path, state: self._check_agrees(path, state["extra"]["must_agree"]),
+            fall_back=run.on_damage is OnDamage.fall_back,
+            say=self._say,
+        )
+        if state is not None:
+            self.step = int(state["step"])
+            self.wandb_id = state["extra"]["wandb_id"]
+            self.finished = state["extra"]["finished"]
+            self._say(f"{self.folder}: goes on from step {self.step}")
+        if self.rank.is_main:
+            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+            OmegaConf.save(OmegaConf.structured(self.config), self.folder / "config.yaml")
 
     def _check_agrees(self, path: Path, saved: dict[str, Any]) -> None:
         now = self._state()

@@ -105,6 +105,8 @@ class RunConfig:
     """Seed of initial weights, data order and every draw in training."""
     steps: int = 10_000
     """Length of the whole run."""
+    accept: list[str] = field(default_factory=list)
+    """Settings that may differ from those of the checkpoint that the run goes on from, such as [data.sets.weight]."""
     log_every: int = 10
     """A line of metrics every so many steps."""
     save_every: int = 500

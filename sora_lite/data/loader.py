@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from sora_lite.data.buckets import Row, spare_frames
 from sora_lite.data.compiled import open_buckets
-from sora_lite.data.index import Index
-from sora_lite.data.order import MicroStep, Order, hash_seed, rank_positions
-from sora_lite.data.shards import DamagedSample, ShardReader
+from sora_lite.data.index import Index, OpenShards
+from sora_lite.data.order import MicroStep, Order, check_parts, hash_seed, rank_positions
+from sora_lite.data.shards import DamagedSample
 from sora_lite.data.transforms import mirror, resize_crop
 from sora_lite.data.video import BadVideo, decode_clip
 from sora_lite.errors import UserError
@@ -83,7 +83,7 @@ class ClipReader:
         self._cache_bytes = cache_bytes
         self._cached = 0
         self._cache: OrderedDict[tuple[int, tuple[int, int, int], int], Clip] = OrderedDict()
-        self._shards: dict[int, ShardReader] = {}
+        self.shards = OpenShards(index)
 
     def spare(self, sample: int, frames: int) -> int:
         """Largest `start` at which the sample still has so many frames."""
@@ -101,7 +101,7 @@ class ClipReader:
             return self._cache[key]
         meta = self.meta(sample)
         index = self.index
-        media = self._shard(sample).read(
+        media = self.shards[int(index.shard[sample])].read(
             int(index.media_offset[sample]), int(index.media_size[sample]), int(index.crc32c[sample])
         )
         decoded = decode_clip(media, frames=shape[0], fps=self.fps, start_frame_offset=start, decoder=self._decoder)
@@ -121,15 +121,9 @@ class ClipReader:
     def meta(self, sample: int) -> dict:
         """The sample's JSON."""
         index = self.index
-        return self._shard(sample).read_json(
+        return self.shards[int(index.shard[sample])].read_json(
             int(index.json_offset[sample]), int(index.json_size[sample]), int(index.json_crc32c[sample])
         )
-
-    def _shard(self, sample: int) -> ShardReader:
-        number = int(self.index.shard[sample])
-        if number not in self._shards:
-            self._shards[number] = ShardReader(self.index.shard_paths[number])
-        return self._shards[number]
 
 
 class _MicroBatches(Dataset[ClipBatch | str]):
@@ -230,8 +224,7 @@ class ClipLoader:
         image_ratio: float | None = None,
     ) -> None:
         buckets = open_buckets(index, rows, fps)
-        for bucket in buckets:
-            rank_positions(bucket.batch, rank=rank, world_size=world_size, accumulation=accumulation)
+        check_parts([bucket.batch for bucket in buckets], world_size=world_size, accumulation=accumulation)
         self.index = index
         self.order = Order(
             buckets,
@@ -245,6 +238,10 @@ class ClipLoader:
         self._workers, self._pin = workers, pin
         reader = ClipReader(index, fps=fps, cache_bytes=cache_bytes, decoder=decoder)
         self._dataset = _MicroBatches(reader, self.order, seed, flip, (rank, world_size, accumulation))
+
+    def begin_order(self, step: int) -> None:
+        """Let the order begin at a global step, before anything is read: data or shares have changed there."""
+        self.order = self._dataset.order = self.order.beginning_at(step)
 
     def steps(self, start: int, stop: int) -> Iterator[list[ClipBatch]]:
         """Batches of the steps start, ..., stop - 1; each is a list with one micro-batch per accumulation pass."""

@@ -1,6 +1,6 @@
 """Who may change a run: one attempt at a time, and the newest of them.
 
-    attempts/
+    lease/
       000001.json       the first attempt: host, process, job, since when, and when it ended
       000001.beat       a number that it counts up while it lives
       000002.json       ...
@@ -32,7 +32,7 @@ from sora_lite.errors import UserError
 from sora_lite.parallel.env import Rank
 from sora_lite.training.store import explain
 
-FOLDER = "attempts"
+FOLDER = "lease"
 BEAT = 5.0
 """Seconds between two beats."""
 PATIENCE = 30.0

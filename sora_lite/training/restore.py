@@ -22,7 +22,7 @@ from torch import Tensor
 from sora_lite.errors import UserError
 from sora_lite.parallel.env import Rank
 from sora_lite.training import store
-from sora_lite.training.checkpoint import KINDS, byte_view
+from sora_lite.training.checkpoint import KINDS, Saver, byte_view
 
 if TYPE_CHECKING:
     from sora_lite.training.ema import EMA
@@ -97,54 +97,38 @@ def _damage_of_share(path: Path, index: int, count: int) -> str | None:
     return None
 
 
-def restore(
-    folder: Path,
-    engines: Mapping[str, "Engine"],
-    emas: Mapping[str, "EMA | None"],
-    *,
-    token: str,
-    fence: Callable[[], None],
-    check: Callable[[Path, dict[str, Any]], None],
-    fall_back: bool,
-    say: Callable[[str], None],
-) -> dict[str, Any] | None:
+def restore(saver: Saver, *, check: Callable[[Path, dict[str, Any]], None], fall_back: bool) -> dict[str, Any] | None:
     """Go on from the newest good checkpoint of a run, and leave its folder as if nothing came after that one.
 
     What is later is set aside under another name, so that a folder holds one history. Where the pointer named what is
     damaged, it then names what the run goes on from: the only case in which it goes back. A collective.
 
     Args:
-        folder: the run's folder of checkpoints, which this attempt alone may change.
-        engines: by the names that they were saved under.
-        emas: averages to fill, by the same names.
-        token: of this attempt.
-        fence: raises where another attempt has taken the run over.
+        saver: which folder, and what is filled; it has nothing under way.
         check: see `load`.
         fall_back: see `newest_good`.
-        say: shows a line to people.
 
     Returns:
         The checkpoint's state as from `load`; None if there is none.
     """
-    rank = next(iter(engines.values())).rank
-    found = newest_good(folder, rank, fall_back=fall_back)
+    found = newest_good(saver.folder, saver.rank, fall_back=fall_back)
     if found is None:
         return None
-    state = load(found.path, engines, emas, check, files=found.files)
-    rank.together(lambda: _mend(found, token, fence, say) if rank.is_main else None)
+    state = load(found.path, saver.engines, saver.emas, check, files=found.files)
+    saver.rank.together(lambda: _mend(found, saver) if saver.rank.is_main else None)
     return state
 
 
-def _mend(found: Found, token: str, fence: Callable[[], None], say: Callable[[str], None]) -> None:
+def _mend(found: Found, saver: Saver) -> None:
     for line in found.bad:
-        say(f"warning: {line}")
+        saver.say(f"warning: {line}")
     if found.bad:
-        say(f"warning: goes on from {found.path}, the newest good checkpoint")
-        store.move_pointer(found.path, token, fence)
-    every = store.complete(found.path.parent)
-    for path in [path for _, _, path in every][[path for _, _, path in every].index(found.path) + 1 :]:
-        fence()
-        say(f"warning: {path} is later than that, and set aside as {store.set_aside(path).name}")
+        saver.say(f"warning: goes on from {found.path}, the newest good checkpoint")
+        store.move_pointer(found.path, saver.token, saver.fence)
+    every = [path for _, _, path in store.complete(saver.folder)]
+    for path in every[every.index(found.path) + 1 :]:
+        saver.fence()
+        saver.say(f"warning: {path} is later than that, and set aside as {store.set_aside(path).name}")
 
 
 # ---------------------------------------------------------------------------------------------------- reading

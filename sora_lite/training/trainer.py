@@ -3,7 +3,7 @@
 run folder: RUN/
   config.yaml          the resolved configuration of the last attempt
   metrics.jsonl        the record
-  attempts/            see `training.lease`
+  lease/               see `training.lease`
   checkpoints/         see `training.store`
   samples/             contact sheets
 """
@@ -12,7 +12,7 @@ import contextlib
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from sora_lite.training.metrics import Means, peak_flops
 from sora_lite.training.objective import HeldOut, Loss, Objective
 from sora_lite.training.optim import learning_rate
 from sora_lite.training.restore import restore
+from sora_lite.training.resume import Facts, go_on
 from sora_lite.training.tracking import Tracker
 
 STATISTICS_SAMPLES = 512
@@ -82,6 +83,8 @@ class Trainer:
         self.folder = Path(config.run.root) / config.run.name
         index = load_split(config.data, "train", rank)
         self.loader = make_loader(config, index, objective, rank)
+        plain: Any = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+        self.facts = Facts.of(plain, objective.name, objective.inputs(), index, self.loader.order)
         bucket = self.loader.order.buckets[0]
         micro = bucket.batch // rank.world_size // config.parallel.accumulation
 
@@ -232,25 +235,10 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------ state
 
-    def _state(self) -> dict[str, Any]:
-        """What the checkpoint holds beside weights, and what must agree when it is gone on from."""
-        return {
-            "kind": self.objective.name,
-            "objective": self.objective.state(),
-            "order": {
-                "sha256": self.loader.order.fingerprint(),
-                "fps": self.config.data.fps,
-                "flip": self.config.data.flip,
-                **self.loader.order.settings(),
-            },
-            "data": self.loader.index.fingerprint(),
-            "seed": self.config.run.seed,
-        }
-
     def _save(self) -> None:
         extra = {
-            "must_agree": self._state(),
-            "config": OmegaConf.to_container(OmegaConf.structured(self.config), resolve=True, enum_to_str=True),
+            "facts": asdict(self.facts),
+            "objective": self.objective.state(),
             "wandb_id": self.rank.gather(self.tracker.wandb_id if self.tracker else self.wandb_id)[0],
             "finished": self.finished,
             "clip": list(self.loader.order.buckets[0].shape),
@@ -260,13 +248,12 @@ class Trainer:
 
     def resume(self, lease: Held) -> None:
         """Go on from the newest good checkpoint, if there is one, and write down what this attempt runs with."""
-        run, folder = self.config.run, self.folder / "checkpoints"
-        engines, emas = {self.objective.name: self.engine}, {self.objective.name: self.ema}
-        # Before the pointer is read: no attempt that was taken for dead can move it after this.
+        run = self.config.run
+        # First: no attempt that was taken for dead can move the pointer after this.
         self.saver = Saver(
-            folder,
-            engines,
-            emas,
+            self.folder / "checkpoints",
+            {self.objective.name: self.engine},
+            {self.objective.name: self.ema},
             self.rank,
             keep_last=run.keep_last,
             keep_every=run.keep_every,
@@ -276,39 +263,31 @@ class Trainer:
             fence=lease.check,
             say=self._say,
         )
-        state = restore(
-            folder,
-            engines,
-            emas,
-            token=lease.token,
-            fence=lease.check,
-            check=lambda path, state: self._check_agrees(path, state["extra"]["must_agree"]),
-            fall_back=run.on_damage is OnDamage.fall_back,
-            say=self._say,
-        )
-        if state is not None:
-            self.step = int(state["step"])
-            self.wandb_id = state["extra"]["wandb_id"]
-            self.finished = state["extra"]["finished"]
-            self._say(f"{self.folder}: goes on from step {self.step}")
+        self.step = self._restore()
         if self.rank.is_main:
             (self.folder / "samples").mkdir(parents=True, exist_ok=True)
             OmegaConf.save(OmegaConf.structured(self.config), self.folder / "config.yaml")
 
-    def _check_agrees(self, path: Path, saved: dict[str, Any]) -> None:
-        now = self._state()
-        for key, why in (
-            ("kind", "another kind of model"),
-            ("objective", "another model or VAE"),
-            ("seed", "another run.seed"),
-            ("data", "other shards"),
-            ("order", "other data settings (buckets, batch, weights, fps, flip or shuffling)"),
-        ):
-            if saved[key] != now[key]:
-                raise UserError(
-                    f"{path}: was made with {why}; {_difference(saved[key], now[key])}"
-                    "give run.name another name to start anew, or the old settings to go on"
-                )
+    def _restore(self) -> int:
+        """Load the newest good checkpoint, if there is one. Returns the step that it was made at."""
+        state = restore(
+            self.saver,
+            check=lambda path, state: self._agree(path, state["step"], state["extra"]["facts"]),
+            fall_back=self.config.run.on_damage is OnDamage.fall_back,
+        )
+        if state is None:
+            return 0
+        self.loader.begin_order(self.facts.data.first_step)
+        self.wandb_id = state["extra"]["wandb_id"]
+        self.finished = state["extra"]["finished"]
+        self._say(f"{self.folder}: goes on from step {state['step']}")
+        return int(state["step"])
+
+    def _agree(self, path: Path, step: int, saved: dict[str, Any]) -> None:
+        before = len(saved["data"]["changes"])
+        self.facts.data.changes = go_on(path, step, saved, self.facts, self.loader.index, self.config.run.accept)
+        for change in self.facts.data.changes[before:]:
+            self._say(f"run.accept: from step {step} on, {'; '.join(change.what)}")
 
     def _start_tracking(self) -> None:
         self._peak = peak_flops(self.rank.device, self.config.logging.peak_tflops)
@@ -319,7 +298,7 @@ class Trainer:
                 self.config.logging,
                 resume_step=self.step,
                 wandb_id=self.wandb_id,
-                config=OmegaConf.to_container(OmegaConf.structured(self.config), enum_to_str=True),  # type: ignore[arg-type]
+                config=self.facts.config,
             )
 
     def _forward_flops(self, shape: tuple[int, ...]) -> int:
@@ -347,17 +326,6 @@ class Clock:
     def seconds(self) -> float:
         """Wall-clock seconds since the last restart."""
         return max(time.perf_counter() - self.start, 1e-9)
-
-
-def _difference(saved: Any, now: Any) -> str:
-    """Where two JSON values differ, as `key was a, is b; `, empty for values that say nothing to people."""
-    if isinstance(saved, dict) and isinstance(now, dict):
-        return "".join(
-            f"{key} was {saved.get(key)}, is {now.get(key)}; "
-            for key in sorted(saved.keys() | now.keys())
-            if saved.get(key) != now.get(key) and not isinstance(saved.get(key), dict) and key != "sha256"
-        ) or "".join(_difference(saved.get(key), now.get(key)) for key in sorted(saved.keys() | now.keys()))
-    return ""
 
 
 def load_split(data: DataConfig, split: str, rank: Rank, *, required: bool = True) -> Index:

@@ -6,34 +6,57 @@ number of workers nor which one made it.
 Shapes: B samples of a rank's micro-batch, T frames, H W pixels.
 """
 
+import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from sora_lite.data.buckets import Row, spare_frames
 from sora_lite.data.compiled import open_buckets
 from sora_lite.data.index import Index, OpenShards
 from sora_lite.data.order import MicroStep, Order, check_parts, hash_seed, rank_positions
-from sora_lite.data.shards import DamagedSample
-from sora_lite.data.transforms import mirror, resize_crop
+from sora_lite.data.prefetch import Prefetcher
+from sora_lite.data.remote import ReadCounts
+from sora_lite.data.shards import DamagedSample, captions_of
+from sora_lite.data.transforms import cover_box, mirror, resize_crop
 from sora_lite.data.video import BadVideo, decode_clip
+from sora_lite.data.workers import Workers
 from sora_lite.errors import UserError
 
 MAX_REPLACEMENTS = 16
+WORDS = tuple(f"{what}_{part}" for what in ("text", "json") for part in ("offset", "size", "crc32c"))
+"""Columns of an index that say where a sample's captions lie."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class BadSample:
-    """A sample that could not be read, and why. It was replaced."""
+    """A sample that could not be read, and why; where in the order it was, and the key of what replaced it there."""
 
     key: str
     shard: str
     reason: str
+    step: int
+    position: int
+    replaced_by: str
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class View:
+    """What of a sample a clip shows.
+
+    start: its own frame that the clip begins with. crop: left, top, right, bottom in pixels of its own frames.
+    flip: mirrored left to right.
+    """
+
+    start: int
+    crop: tuple[float, float, float, float]
+    flip: bool
 
 
 @dataclass(kw_only=True, slots=True)
@@ -41,7 +64,9 @@ class ClipBatch:
     """One rank's micro-batch.
 
     video: uint8 B 3 T H W in [0, 255]. keys: of the samples. captions: one per sample, "" for none. labels: int64 B,
-    -1 for none. positions: int64 B, places in the global step's batch. step: the global step. bad: samples replaced.
+    -1 for none. positions: int64 B, places in the global step's batch. step: the global step. views: one per sample.
+    samples: int64 B, their numbers in the index. bucket: number of the bucket. bad: samples replaced.
+    seconds: that making the batch took its worker. reads: what it read meanwhile.
     """
 
     video: Tensor
@@ -50,25 +75,35 @@ class ClipBatch:
     labels: Tensor
     positions: Tensor
     step: int
+    views: list[View]
+    samples: Tensor
+    bucket: int
     bad: list[BadSample] = field(default_factory=list)
+    seconds: float = 0.0
+    reads: ReadCounts = field(default_factory=ReadCounts)
 
     def __post_init__(self) -> None:
         b = len(self.keys)
         if self.video.dtype != torch.uint8 or self.video.ndim != 5 or self.video.shape[:2] != (b, 3):
             raise ValueError(f"video is {self.video.dtype} {tuple(self.video.shape)}, not uint8 {b} 3 T H W")
-        if not len(self.captions) == len(self.labels) == len(self.positions) == b:
-            raise ValueError("captions, labels and positions differ in number from the keys")
+        columns = (self.captions, self.labels, self.positions, self.views, self.samples)
+        if any(len(column) != b for column in columns):
+            raise ValueError("captions, labels, positions, views and samples differ in number from the keys")
 
     def pin_memory(self) -> "ClipBatch":
-        """Called by torch's DataLoader."""
+        """The same in memory that a device copies from."""
         return replace(self, video=self.video.pin_memory())
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Clip:
-    """A decoded sample: uint8 T H W 3, and what its JSON says of it."""
+    """A decoded sample: uint8 T H W 3, the part of its own frames that is (`View.crop`), and what is known of it.
+
+    label: -1 for none.
+    """
 
     frames: np.ndarray
+    crop: tuple[float, float, float, float]
     captions: list[str]
     label: int
 
@@ -76,40 +111,43 @@ class Clip:
 class ClipReader:
     """Reads samples of an index at a bucket's size, with a bounded memory of decoded clips."""
 
-    def __init__(self, index: Index, *, fps: float | None, cache_bytes: int, decoder: str = "pyav") -> None:
+    def __init__(self, index: Index, *, cache_bytes: int, decoder: str = "pyav") -> None:
         self.index = index
-        self.fps = fps
         self._decoder = decoder
         self._cache_bytes = cache_bytes
         self._cached = 0
-        self._cache: OrderedDict[tuple[int, tuple[int, int, int], int], Clip] = OrderedDict()
+        self._cache: OrderedDict[tuple[int, tuple[int, int, int], float | None, int], Clip] = OrderedDict()
         self.shards = OpenShards(index)
 
-    def spare(self, sample: int, frames: int) -> int:
-        """Largest `start` at which the sample still has so many frames."""
-        return spare_frames(int(self.index.frames[sample]), float(self.index.fps[sample]), self.fps, frames)
+    def spare(self, sample: int, frames: int, fps: float | None) -> int:
+        """Largest `start` at which the sample still has so many frames at a rate."""
+        return spare_frames(int(self.index.frames[sample]), float(self.index.fps[sample]), fps, frames)
 
-    def read(self, sample: int, shape: tuple[int, int, int], start: int = 0) -> Clip:
-        """Decode sample number `sample` at (T, H, W), from its own frame number `start` on.
+    def read(self, sample: int, shape: tuple[int, int, int], fps: float | None = None, start: int = 0) -> Clip:
+        """Decode sample number `sample` at (T, H, W) and a rate (None: its own), from its own frame `start` on.
 
         Raises:
             DamagedSample, BadVideo: its bytes are not what the index says, or do not decode.
         """
-        key = (sample, shape, start)
+        key = (sample, shape, fps, start)
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
-        meta = self.meta(sample)
-        index = self.index
+        index, captions = self.index, self.captions(sample)
         media = self.shards[int(index.shard[sample])].read(
             int(index.media_offset[sample]), int(index.media_size[sample]), int(index.crc32c[sample])
         )
-        decoded = decode_clip(media, frames=shape[0], fps=self.fps, start_frame_offset=start, decoder=self._decoder)
-        frames = resize_crop(decoded, shape[1:])
-        captions, label = meta.get("captions") or [], meta.get("label", -1)
-        if type(label) is not int or not all(isinstance(caption, str) for caption in captions):
-            raise DamagedSample(f"{index.keys[sample]}: captions are no list of texts, or its label is no number")
-        clip = Clip(frames=frames, captions=list(captions), label=label)
+        decoded = decode_clip(
+            media,
+            frames=shape[0],
+            fps=fps,
+            own_fps=float(index.fps[sample]),
+            start_frame_offset=start,
+            decoder=self._decoder,
+        )
+        box = self._crop(sample, shape, (decoded.shape[1], decoded.shape[2]))
+        frames = resize_crop(decoded, shape[1:], box)
+        clip = Clip(frames=frames, crop=box, captions=captions, label=int(index.label[sample]))
         if frames.nbytes <= self._cache_bytes:
             self._cache[key] = clip
             self._cached += frames.nbytes
@@ -118,27 +156,57 @@ class ClipReader:
                 self._cached -= oldest.frames.nbytes
         return clip
 
+    def _crop(
+        self, sample: int, shape: tuple[int, int, int], stored: tuple[int, int]
+    ) -> tuple[float, float, float, float]:
+        """The centred part of decoded frames of a size (height, width) that a clip shows.
+
+        It has the clip's aspect ratio as people see the sample, whose pixels need not be square.
+        """
+        shown = int(self.index.height[sample]), int(self.index.width[sample])
+        left, top, right, bottom = cover_box(shown, shape[1:])
+        tall, wide = stored[0] / shown[0], stored[1] / shown[1]
+        return left * wide, top * tall, right * wide, bottom * tall
+
+    def captions(self, sample: int) -> list[str]:
+        """The sample's captions, as `shards.captions_of`."""
+        return captions_of(
+            self.shards[int(self.index.shard[sample])], {name: int(getattr(self.index, name)[sample]) for name in WORDS}
+        )
+
     def meta(self, sample: int) -> dict:
-        """The sample's JSON."""
+        """The sample's JSON, {} for none."""
         index = self.index
+        if not index.json_size[sample]:
+            return {}
         return self.shards[int(index.shard[sample])].read_json(
             int(index.json_offset[sample]), int(index.json_size[sample]), int(index.json_crc32c[sample])
         )
 
 
-class _MicroBatches(Dataset[ClipBatch | str]):
-    """Item (step, pass) is this rank's micro-batch, or the message of the UserError that it ended in."""
+class _MicroBatches:
+    """Item (step, pass) gives this rank's micro-batch."""
 
     def __init__(self, reader: ClipReader, order: Order, seed: int, flip: bool, parts: tuple[int, int, int]) -> None:
         self.reader, self.order, self.seed, self.flip = reader, order, seed, flip
         self.rank, self.world_size, self.accumulation = parts
 
-    def __getitem__(self, item: tuple[int, int]) -> ClipBatch | str:
-        # Handed over as a value: of an error that a worker raises, torch makes the text of its traceback.
-        try:
-            return self._batch(*item)
-        except UserError as error:
-            return str(error)
+    def __call__(self, item: tuple[int, int]) -> ClipBatch:
+        start = time.perf_counter()
+        batch = self._batch(*item)
+        return replace(batch, seconds=time.perf_counter() - start, reads=self.reader.shards.counts.take())
+
+    def remote_shards(self, step: int) -> list[int]:
+        """Numbers of the shards behind URLs that this rank reads in a step."""
+        (micro,) = self.order.step(step)
+        positions = np.concatenate(
+            rank_positions(
+                len(micro.samples), rank=self.rank, world_size=self.world_size, accumulation=self.accumulation
+            )
+        )
+        index = self.reader.index
+        shards = np.unique(index.shard[micro.samples[positions]]).tolist()
+        return [shard for shard in shards if not isinstance(index.shard_paths[shard], Path)]
 
     def _batch(self, step: int, one_pass: int) -> ClipBatch:
         (micro,) = self.order.step(step)
@@ -146,13 +214,13 @@ class _MicroBatches(Dataset[ClipBatch | str]):
             len(micro.samples), rank=self.rank, world_size=self.world_size, accumulation=self.accumulation
         )[one_pass]
         bad: list[BadSample] = []
-        clips, keys, captions, labels = [], [], [], []
+        clips, samples, views, keys, captions, labels = [], [], [], [], [], []
         for position in positions:
-            sample, clip = self._read(micro, step, int(position), bad)
-            frames = clip.frames
-            if self.flip and hash_seed(self.seed, step, position, "flip") % 2:
-                frames = mirror(frames)
-            clips.append(frames)
+            sample, start, clip = self._read(micro, step, int(position), bad)
+            flip = self.flip and hash_seed(self.seed, step, position, "flip") % 2 == 1
+            clips.append(mirror(clip.frames) if flip else clip.frames)
+            samples.append(sample)
+            views.append(View(start=start, crop=clip.crop, flip=flip))
             keys.append(self.reader.index.key(sample))
             choices = clip.captions or [""]
             captions.append(choices[hash_seed(self.seed, step, position, "caption") % len(choices)])
@@ -164,25 +232,41 @@ class _MicroBatches(Dataset[ClipBatch | str]):
             labels=torch.tensor(labels),
             positions=torch.from_numpy(positions),
             step=step,
+            views=views,
+            samples=torch.tensor(samples),
+            bucket=micro.bucket,
             bad=bad,
         )
 
-    def _read(self, micro: MicroStep, step: int, position: int, bad: list[BadSample]) -> tuple[int, Clip]:
-        """The sample at a position, or its stand-in where it is damaged."""
-        sample = int(micro.samples[position])
+    def _read(self, micro: MicroStep, step: int, position: int, bad: list[BadSample]) -> tuple[int, int, Clip]:
+        """(sample, its own frame that the clip begins with, clip) at a position, or a stand-in where it is damaged."""
+        index, first, fps = self.reader.index, int(micro.samples[position]), self.order.buckets[micro.bucket].fps
+        sample, damaged = first, []
         for attempt in range(MAX_REPLACEMENTS):
             try:
-                spare = self.reader.spare(sample, micro.shape[0])
+                spare = self.reader.spare(sample, micro.shape[0], fps)
                 start = hash_seed(self.seed, step, position, "start") % (spare + 1)
-                return sample, self.reader.read(sample, micro.shape, start)
+                clip = self.reader.read(sample, micro.shape, fps, start)
             except (DamagedSample, BadVideo) as error:
-                index = self.reader.index
-                shard = index.shard_paths[int(index.shard[sample])].name
-                bad.append(BadSample(key=index.key(sample), shard=shard, reason=str(error)))
-                sample = self.order.replacement(micro.bucket, step, position, attempt)
+                damaged.append((sample, str(error)))
+                sample = self.order.replacement(micro.bucket, first, step, position, attempt)
+                continue
+            bad += [
+                BadSample(
+                    key=index.key(one),
+                    shard=index.shard_paths[int(index.shard[one])].name,
+                    reason=reason,
+                    step=step,
+                    position=position,
+                    replaced_by=index.key(sample),
+                )
+                for one, reason in damaged
+            ]
+            return sample, start, clip
+        one, reason = damaged[-1]
         raise UserError(
-            f"{bad[-1].shard}: {MAX_REPLACEMENTS} samples in a row are damaged (the last: {bad[-1].reason}); "
-            "run `sora-data verify` on the shards"
+            f"{index.shard_paths[int(index.shard[one])].name}: {MAX_REPLACEMENTS} samples in a row are damaged "
+            f"(the last: {reason}); run `sora-data verify` on the shards"
         )
 
 
@@ -193,10 +277,11 @@ class ClipLoader:
         index: of one split.
         rows: bucket table with batches decided (`buckets.rows_from`).
         weights, image_ratio: how the index's data sets, stills and clips are mixed (`order.Order`).
-        fps: target rate, None for each clip's own.
         seed, block_shards, flip: as configured.
         rank, world_size, accumulation: how each batch is divided.
         workers: decoding processes. cache_bytes: memory of decoded clips in each.
+        worker_timeout: seconds after which a worker that makes no batch is started anew.
+        say: told of such things.
         pin: pinned memory, for a device that copies from it.
         decoder: as for `video.decode_clip`.
 
@@ -209,7 +294,6 @@ class ClipLoader:
         index: Index,
         rows: list[Row],
         *,
-        fps: float | None,
         seed: int,
         block_shards: int,
         flip: bool,
@@ -222,8 +306,10 @@ class ClipLoader:
         decoder: str = "pyav",
         weights: Sequence[float] | None = None,
         image_ratio: float | None = None,
+        worker_timeout: float = 900.0,
+        say: Callable[[str], None] = print,
     ) -> None:
-        buckets = open_buckets(index, rows, fps)
+        buckets = open_buckets(index, rows)
         check_parts([bucket.batch for bucket in buckets], world_size=world_size, accumulation=accumulation)
         self.index = index
         self.order = Order(
@@ -235,9 +321,12 @@ class ClipLoader:
             image_ratio=image_ratio,
         )
         self.accumulation = accumulation
-        self._workers, self._pin = workers, pin
-        reader = ClipReader(index, fps=fps, cache_bytes=cache_bytes, decoder=decoder)
+        self._pin, self._say = pin, say
+        reader = ClipReader(index, cache_bytes=cache_bytes, decoder=decoder)
         self._dataset = _MicroBatches(reader, self.order, seed, flip, (rank, world_size, accumulation))
+        self.workers = Workers(self._dataset, workers, timeout=worker_timeout, say=say)
+        remote = not all(isinstance(path, Path) for path in index.shard_paths)
+        self._prefetcher = Prefetcher(index, self._dataset.remote_shards) if remote else None
 
     def begin_order(self, step: int) -> None:
         """Let the order begin at a global step, before anything is read: data or shares have changed there."""
@@ -246,25 +335,16 @@ class ClipLoader:
     def steps(self, start: int, stop: int) -> Iterator[list[ClipBatch]]:
         """Batches of the steps start, ..., stop - 1; each is a list with one micro-batch per accumulation pass."""
         pairs = ((step, one) for step in range(start, stop) for one in range(self.accumulation))
-        batches = iter(
-            DataLoader(
-                self._dataset,
-                batch_size=None,
-                sampler=pairs,
-                num_workers=self._workers,
-                prefetch_factor=4 if self._workers else None,
-                pin_memory=self._pin,
-            )
-        )
-        try:
-            for _ in range(start, stop):
-                yield [_or_raise(next(batches)) for _ in range(self.accumulation)]
-        finally:
-            # The workers end when the last reference goes; an error's traceback would keep one until who knows when.
-            del batches
-
-
-def _or_raise(batch: ClipBatch | str) -> ClipBatch:
-    if isinstance(batch, str):
-        raise UserError(batch)
-    return batch
+        with ExitStack() as ending:
+            if self._prefetcher is not None:
+                ending.enter_context(self._prefetcher.running(start, stop))
+            batches = self.workers.answers(pairs)
+            ending.callback(batches.close)
+            for step in range(start, stop):
+                together = [next(batches) for _ in range(self.accumulation)]
+                if self._prefetcher is not None:
+                    if self._prefetcher.go_on(step):
+                        self._say("the process that fetches shards ahead died and was started anew")
+                        self.workers.restarts += 1
+                    together[0].reads.add(self._prefetcher.take())
+                yield [batch.pin_memory() for batch in together] if self._pin else together

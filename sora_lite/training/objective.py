@@ -53,6 +53,10 @@ class Objective(Protocol):
         """FLOPs of a forward pass of the module on one clip. Run on the meta device."""
         ...
 
+    def cost(self, frames: int, height: int, width: int) -> float:
+        """FLOPs of training on one clip: the module's forward and backward pass, and all that runs before it."""
+        ...
+
     def loss(self, engine: Engine, batch: ClipBatch) -> Loss:
         """Loss of this rank's micro-batch."""
         ...
@@ -88,7 +92,7 @@ class HeldOut:
     def __init__(
         self, index: Index, *, count: int, shape: tuple[int, int, int], fps: float | None, rank: Rank, batch: int
     ) -> None:
-        self._reader = ClipReader(index, fps=fps, cache_bytes=0)
+        self._reader, self._fps = ClipReader(index, cache_bytes=0), fps
         first = index.by_key
         chosen = first[frames_at(index.frames[first], index.fps[first], fps) >= shape[0]][:count]
         self.count = len(chosen)
@@ -109,13 +113,13 @@ class HeldOut:
 
     def _read(self, place: int, sample: int) -> Clip:
         try:
-            return self._reader.read(sample, self._shape)
+            return self._reader.read(sample, self._shape, self._fps)
         except (DamagedSample, BadVideo) as error:
             index = self._reader.index
             shard = index.shard_paths[int(index.shard[sample])].name
             tqdm.write(f"{shard}: sample {index.key(sample)} does not count in validation or statistics: {error}")
             self._weights[place] = 0
-            return Clip(frames=np.zeros((*self._shape, 3), np.uint8), captions=[], label=-1)
+            return Clip(frames=np.zeros((*self._shape, 3), np.uint8), crop=(0, 0, 0, 0), captions=[], label=-1)
 
     def batches(self) -> "list[tuple[Tensor, list[Clip], np.ndarray, np.ndarray]]":
         """(video uint8 B 3 T H W, clips, weights B, places B in the whole set) per batch."""

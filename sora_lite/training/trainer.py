@@ -20,8 +20,8 @@ import torch
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
-from sora_lite.config import BaseTrainConfig, DataConfig, OnDamage
-from sora_lite.data.buckets import rows_from
+from sora_lite.config import BaseTrainConfig, BatchBy, DataConfig, OnDamage
+from sora_lite.data.buckets import Budget, Row, rows_from
 from sora_lite.data.compiled import open_buckets, open_index
 from sora_lite.data.index import Index
 from sora_lite.data.loader import BadSample, ClipBatch, ClipLoader
@@ -89,7 +89,7 @@ class Trainer:
         micro = bucket.batch // rank.world_size // config.parallel.accumulation
 
         def held_out(index: Index, count: int) -> HeldOut:
-            return HeldOut(index, count=count, shape=bucket.shape, fps=config.data.fps, rank=rank, batch=micro)
+            return HeldOut(index, count=count, shape=bucket.shape, fps=bucket.fps, rank=rank, batch=micro)
 
         validation = load_split(config.data, "validation", rank, required=False)
         self.validation = held_out(validation, config.run.validation_samples)
@@ -104,6 +104,7 @@ class Trainer:
         self.wandb_id: str | None = None
         self.tracker: Tracker | None = None
         self.seen = self.bad = 0
+        self.flops = 0
         self.finished = False
         self.step = 0
 
@@ -173,7 +174,9 @@ class Trainer:
             self.seen += clips
             clock.clips += clips
             clock.tokens += clips * self.objective.tokens(*shape)
-            clock.flops += 3 * clips * self._forward_flops(shape)
+            flops = 3 * clips * self._forward_flops(shape)
+            clock.flops += flops
+            self.flops += flops
         for one in bad:
             self._say(f"{one.shard}: sample {one.key} replaced: {one.reason}", everyone=True)
         means.add("bad_samples", len(bad), 1.0)
@@ -201,6 +204,7 @@ class Trainer:
             "tflops_per_device": speed / 1e12,
             "mfu": speed / self._peak,
             "data_wait": clock.waited / seconds,
+            "flops": self.flops,
         }
         passes = self.loader.order.passes(self.step - 1)
         values |= {"pass": passes[0]} if len(passes) == 1 else {f"pass_{i}": one for i, one in enumerate(passes)}
@@ -217,7 +221,7 @@ class Trainer:
         with self.engine.swapped(self.ema):
             values = self.objective.validate(self.engine, self.validation)
         if self.tracker:
-            self.tracker.log(self.step, values)
+            self.tracker.log(self.step, values | {"flops": self.flops})
 
     def _sample(self) -> None:
         if self.validation.count == 0:
@@ -241,8 +245,9 @@ class Trainer:
             "objective": self.objective.state(),
             "wandb_id": self.rank.gather(self.tracker.wandb_id if self.tracker else self.wandb_id)[0],
             "finished": self.finished,
+            "flops": self.flops,
             "clip": list(self.loader.order.buckets[0].shape),
-            "fps": self.config.data.fps or 0.0,
+            "fps": self.loader.order.buckets[0].fps or 0.0,
         }
         self.saver.save(self.step, extra)
 
@@ -280,6 +285,7 @@ class Trainer:
         self.loader.begin_order(self.facts.data.first_step)
         self.wandb_id = state["extra"]["wandb_id"]
         self.finished = state["extra"]["finished"]
+        self.flops = state["extra"]["flops"]
         self._say(f"{self.folder}: goes on from step {state['step']}")
         return int(state["step"])
 
@@ -341,16 +347,34 @@ def load_split(data: DataConfig, split: str, rank: Rank, *, required: bool = Tru
     return index
 
 
+def make_rows(data: DataConfig, objective: Objective) -> list[Row]:
+    """The configured bucket table, with the batches that it leaves to the budget."""
+    rules = [
+        Row(
+            shape=(rule.frames, rule.resolution[0], rule.resolution[1]),
+            keep=rule.keep,
+            batch=rule.batch or 0,
+            fps=rule.fps or data.fps,
+        )
+        for rule in data.buckets
+    ]
+    budget = Budget(
+        cost=objective.cost if data.batch_by is BatchBy.flops else objective.tokens,
+        tokens=objective.tokens,
+        batch_tokens=data.batch_tokens,
+        divisor=data.divisor,
+    )
+    return rows_from(rules, budget)
+
+
 def make_loader(config: BaseTrainConfig, index: Index, objective: Objective, rank: Rank) -> ClipLoader:
     """The loader of the configured data for this rank. All ranks call it."""
     data = config.data
-    rules = [((rule.resolution[0], rule.resolution[1]), rule.frames, rule.keep, rule.batch) for rule in data.buckets]
-    rows = rows_from(rules, objective.tokens, data.batch_tokens, data.divisor)
-    rank.main_first(lambda: open_buckets(index, rows, data.fps))
+    rows = make_rows(data, objective)
+    rank.main_first(lambda: open_buckets(index, rows))
     return ClipLoader(
         index,
         rows,
-        fps=data.fps,
         seed=config.run.seed,
         block_shards=data.block_shards,
         flip=data.flip,

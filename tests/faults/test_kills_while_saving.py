@@ -66,8 +66,8 @@ def test_some_borders_of_two_ranks(tmp_path: Path) -> None:
     last = borders(tmp_path, 2, 0)
     assert last > 20
     # The end is where the directory gets its name and the pointer moves.
-    for n in range(last - 8, last, 2):
-        trial(tmp_path, 2, 0, n, n % 4 == 0, wanted)
+    for n in (last - 6, last - 1):
+        trial(tmp_path, 2, 0, n, n % 2 == 0, wanted)
     trial(tmp_path, 2, 1, 2, True, wanted)
 
 

@@ -2,11 +2,12 @@
 
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Callable
 
 from sora_lite import __version__
-from sora_lite.errors import UserError
+from sora_lite.errors import Interrupted, UserError
 
 VERBS: dict[str, tuple[str, str]] = {
     "demo": ("demo", "the whole way on moving handwritten digits: data, VAE, DiT, clips, figures"),
@@ -28,12 +29,18 @@ WITH_WORDS = ("checkpoint", "submit")
 
 
 def run_verb(action: Callable[[], object]) -> int:
-    """Call `action`; a `UserError` becomes one line on stderr and exit status 2, Ctrl-C becomes 130."""
+    """Call `action`; a `UserError` becomes one line on stderr and exit status 2, Ctrl-C becomes 130.
+
+    A stop that was asked for by a signal, after which the same command goes on, becomes 75.
+    """
     try:
         action()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Interrupted as stop:
+        print(f"{stop}; the same command goes on from there", file=sys.stderr)
+        return os.EX_TEMPFAIL
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from what is done", file=sys.stderr)
         return 130

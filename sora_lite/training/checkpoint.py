@@ -40,7 +40,7 @@ KINDS = ("fp32", "exp_avg", "exp_avg_sq")
 """What is stored of every trained parameter. `ema` and, for what is not trained, `constant` come beside them."""
 
 _ENGINE = re.compile(r"[a-z][a-z0-9_]*")
-_PATIENCE = 30.0  # seconds; ranks that wait for each other's disks meet so often, or the process group gives up
+_PATIENCE = 5.0  # seconds; ranks that wait for each other meet so often, or the process group gives up
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -202,7 +202,9 @@ class Saver:
         self.failed = 0
         """Checkpoints that could not be written."""
         self.newest: Path | None = None
-        """The last checkpoint that was completed here."""
+        """The last checkpoint that was completed here, or that was gone on from."""
+        self.waiting: Callable[[], None] = lambda: None
+        """Called every few seconds while this waits for the disk."""
         self._flight: _Flight | None = None
         self._failure: str | None = None  # of the last checkpoint, if that could not be written
         self._on_disk(lambda: store.open_folder(folder) if rank.is_main else None)
@@ -290,6 +292,7 @@ class Saver:
 
     def _land(self) -> None:
         while self._flight is not None:
+            self.waiting()
             self._advance(_PATIENCE)
 
     def _advance(self, patience: float) -> None:

@@ -116,6 +116,7 @@ def restore(saver: Saver, *, check: Callable[[Path, dict[str, Any]], None], fall
         return None
     state = load(found.path, saver.engines, saver.emas, check, files=found.files)
     saver.rank.together(lambda: _mend(found, saver) if saver.rank.is_main else None)
+    saver.newest = found.path
     return state
 
 

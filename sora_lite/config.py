@@ -556,6 +556,42 @@ class TrainConfig(BaseTrainConfig):
     """How often which frames of a clip are given; needs `model.frame_conditions`, and clips as video."""
 
 
+class PreviewFormat(Enum):
+    """What `data-preview` gives: contact sheets and a page, or a line of JSON for each step and rank."""
+
+    page = "page"
+    jsonl = "jsonl"
+
+
+@dataclass(kw_only=True, slots=True)
+class PreviewConfig:
+    """What `data-preview` shows of the data."""
+
+    format: PreviewFormat = PreviewFormat.page
+    """`page`: contact sheets of each bucket and index.html. `jsonl`: what each rank sees in each step, on stdout."""
+    out: str = "preview"
+    """Folder for sheets and page."""
+    clips: int = 12
+    """For page: clips of each bucket."""
+    start: int = 0
+    """The first step that is looked at."""
+    steps: int = 4
+    """For jsonl: steps."""
+    world_size: int = 1
+    """For jsonl: ranks that share a step."""
+    accumulation: int = 1
+    """For jsonl: passes in which each rank takes its part of a step."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DataPreviewConfig(TrainConfig):
+    """`sora-lite data-preview`: what `sora-lite train` with the same settings would see."""
+
+    vae_from: str = ""
+    """The trained VAE, whose factors count the tokens of a clip; empty takes the usual 4 x 8 x 8 compression."""
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
+
+
 @dataclass(kw_only=True, slots=True)
 class SamplingConfig:
     """How clips are drawn from a model."""
@@ -706,6 +742,7 @@ class DemoConfig:
 ROOTS: dict[str, type] = {
     "train": TrainConfig,
     "train_vae": TrainVAEConfig,
+    "data_preview": DataPreviewConfig,
     "generate": GenerateConfig,
     "export": ExportConfig,
     "evaluate": EvaluateConfig,
@@ -759,6 +796,9 @@ def check(config: object) -> None:
         _require(diffusion.shift > 0, "diffusion.shift", f"must be above 0, not {diffusion.shift}")
         dropout = diffusion.condition_dropout
         _require(0 <= dropout < 1, "diffusion.condition_dropout", f"must lie in [0, 1), not {dropout}")
+    if isinstance(config, DataPreviewConfig):
+        for key, least in (("start", 0), ("clips", 1), ("steps", 1), ("world_size", 1), ("accumulation", 1)):
+            _require(getattr(config.preview, key) >= least, f"preview.{key}", f"must be at least {least}")
         _check_frames(config)
     if isinstance(config, EvaluateConfig):
         _require(FrameMode.random not in config.frames, "frames", "random is for training; take before or first_last")

@@ -13,6 +13,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "demo": ("demo", "the whole way on moving handwritten digits: data, VAE, DiT, clips, figures"),
     "train-vae": ("train", "train the causal spatiotemporal VAE on shards"),
     "train": ("train", "train the video DiT on shards"),
+    "data-preview": ("data_preview", "what training would see: contact sheets and a page, or lines of JSON"),
     "export": ("export", "write a run's newest checkpoint as safetensors for inference"),
     "generate": ("generate", "make clips from an exported model"),
     "evaluate": ("evaluate", "measure a model of a labelled data set with classifiers trained on real clips"),

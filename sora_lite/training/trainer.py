@@ -112,6 +112,7 @@ class Trainer:
         self.config, self.objective, self.rank = config, objective, rank
         self.folder = Path(config.run.root) / config.run.name
         index = load_split(config.data, "train", rank)
+        rank.main_first(lambda: open_buckets(index, make_rows(config.data, objective)))
         self.loader = make_loader(config, index, objective, rank)
         plain: Any = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
         self.facts = Facts.of(plain, objective.name, objective.inputs(), index, self.loader.order)
@@ -515,13 +516,11 @@ def make_rows(data: DataConfig, objective: Objective) -> list[Row]:
 
 
 def make_loader(config: BaseTrainConfig, index: Index, objective: Objective, rank: Rank) -> ClipLoader:
-    """The loader of the configured data for this rank. All ranks call it."""
+    """The loader of the configured data for this rank."""
     data = config.data
-    rows = make_rows(data, objective)
-    rank.main_first(lambda: open_buckets(index, rows))
     return ClipLoader(
         index,
-        rows,
+        make_rows(data, objective),
         seed=config.run.seed,
         block_shards=data.block_shards,
         flip=data.flip,

@@ -23,11 +23,14 @@ from sora_lite.config import BaseTrainConfig, BatchBy, DataConfig
 from sora_lite.data.buckets import Budget, Row, rows_from
 from sora_lite.data.compiled import open_buckets, open_index
 from sora_lite.data.index import Index
-from sora_lite.data.loader import BadSample, ClipBatch, ClipLoader
+from sora_lite.data.loader import ClipBatch, ClipLoader
+from sora_lite.data.remote import Patience, locate
+from sora_lite.data.shard_cache import ShardCache
 from sora_lite.errors import UserError
 from sora_lite.parallel.apply import apply_activation_checkpointing
 from sora_lite.parallel.env import Rank
 from sora_lite.training import checkpoint
+from sora_lite.training.data_record import DataRecord
 from sora_lite.training.ema import EMA
 from sora_lite.training.engine import Engine
 from sora_lite.training.metrics import Means, peak_flops
@@ -100,7 +103,7 @@ class Trainer:
         self.ema = EMA(self.engine, config.optim.ema_decay) if config.optim.ema_decay > 0 else None
         self.wandb_id: str | None = None
         self.tracker: Tracker | None = None
-        self.seen = self.bad = 0
+        self.data = DataRecord(self.folder, config.data, self.loader, rank)
         self.flops = 0
         self.finished = False
         self.step = self._resume()
@@ -165,28 +168,17 @@ class Trainer:
             means.add("loss", loss.loss.detach())
             for name, (value, weight) in loss.parts.items():
                 means.add(name, value, weight)
-        bad: list[BadSample] = [one for batch in batches for one in batch.bad]
+        self.data.count(batches)
+        for one in (one for batch in batches for one in batch.bad):
+            self._say(f"{one.shard}: sample {one.key} replaced by {one.replaced_by}: {one.reason}", everyone=True)
         for batch in batches:
             shape = tuple(batch.video.shape[2:])
             clips = len(batch.keys) * self.rank.world_size
-            self.seen += clips
             clock.clips += clips
             clock.tokens += clips * self.objective.tokens(*shape)
             flops = 3 * clips * self._forward_flops(shape)
             clock.flops += flops
             self.flops += flops
-        for one in bad:
-            self._say(f"{one.shard}: sample {one.key} replaced: {one.reason}", everyone=True)
-        means.add("bad_samples", len(bad), 1.0)
-        self.bad += len(bad)
-        limit = self.config.data.max_bad_fraction
-        # This rank's share of what was seen; a handful is no ground to stop.
-        if self.bad > 10 and self.bad * self.rank.world_size > limit * self.seen:
-            verify = ", ".join(f"`sora-data verify {folder}`" for folder in self.config.data.folders)
-            raise UserError(
-                f"data.max_bad_fraction: {self.bad} damaged samples so far on rank {self.rank.rank}, more than "
-                f"{limit:.2%} (the last: {bad[-1].shard}, {bad[-1].reason}); run {verify}"
-            )
 
     # ------------------------------------------------------------------------------------------------ side jobs
 
@@ -203,9 +195,8 @@ class Trainer:
             "mfu": speed / self._peak,
             "data_wait": clock.waited / seconds,
             "flops": self.flops,
+            **self.data.line(self.step),
         }
-        passes = self.loader.order.passes(self.step - 1)
-        values |= {"pass": passes[0]} if len(passes) == 1 else {f"pass_{i}": one for i, one in enumerate(passes)}
         clock.restart()
         if not math.isfinite(grad_norm):
             self._say(f"step {self.step}: the gradients are not finite, so this update was skipped")
@@ -325,8 +316,13 @@ class Clock:
 
 def load_split(data: DataConfig, split: str, rank: Rank, *, required: bool = True) -> Index:
     """The index of one split of the configured data sets, mapped by every rank. All ranks call it."""
-    folders, cache = [Path(folder) for folder in data.folders], Path(data.cache) if data.cache else None
-    index = rank.main_first(lambda: open_index(folders, split, cache=cache, check=rank.is_main))
+    folders = [locate(folder, data.key_of(number)) for number, folder in enumerate(data.folders)]
+    patience = Patience(retries=data.io_retries, timeout=data.io_timeout)
+    shard_cache = ShardCache(Path(data.shard_cache).expanduser(), int(data.shard_cache_gb * 2**30), patience)
+    cache = Path(data.cache) if data.cache else None
+    index = rank.main_first(
+        lambda: open_index(folders, split, cache=cache, shard_cache=shard_cache, check=rank.is_main)
+    )
     for number, samples in enumerate(index.set_samples()):
         if required and samples == 0:
             raise UserError(
@@ -371,6 +367,8 @@ def make_loader(config: BaseTrainConfig, index: Index, objective: Objective, ran
         world_size=rank.world_size,
         accumulation=config.parallel.accumulation,
         workers=data.workers,
+        worker_timeout=data.worker_timeout,
+        say=tqdm.write,
         cache_bytes=data.cache_mb * 2**20,
         decoder=data.decoder.value,
         pin=torch.device(rank.device).type == "cuda",

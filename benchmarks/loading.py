@@ -57,8 +57,8 @@ def write_set(folder: Path, media: list[bytes], shape: tuple[int, int, int], cli
 def loader(index: Index, shape: tuple[int, int, int], fps: float | None, decoder: str, workers: int) -> ClipLoader:
     """Ours, as training makes it."""
     return ClipLoader(
-        index, [Row(shape=shape, keep=1.0, batch=BATCH)],
-        fps=fps, seed=0, block_shards=2, flip=False, rank=0, world_size=1, accumulation=1, workers=workers,
+        index, [Row(shape=shape, keep=1.0, batch=BATCH, fps=fps)],
+        seed=0, block_shards=2, flip=False, rank=0, world_size=1, accumulation=1, workers=workers,
         cache_bytes=0, pin=False, decoder=decoder,
     )  # fmt: skip
 

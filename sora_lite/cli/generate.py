@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from sora_lite.config import GenerateConfig
+from sora_lite.config import GenerateConfig, PositionScaling
 from sora_lite.data.index import Index
 from sora_lite.data.loader import ClipReader
 from sora_lite.data.remote import Location, locate
@@ -16,8 +16,11 @@ from sora_lite.errors import UserError
 from sora_lite.evaluation.page import PageClip, contact_sheet, loss_plot, write_page
 from sora_lite.evaluation.record import RECORD
 from sora_lite.generation.export import Contract, load_dit
+from sora_lite.generation.frames import given_frames, read_given
 from sora_lite.generation.pipeline import Pipeline, Request
-from sora_lite.models.patch import token_grid
+from sora_lite.models.dit import VideoDiT
+from sora_lite.models.patch import Grid, token_grid
+from sora_lite.models.positions import Scaling
 from sora_lite.parallel.env import local_device
 
 DEFAULT_FPS = 8.0
@@ -28,7 +31,9 @@ def main(config: GenerateConfig) -> None:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     check(config)
-    requests = make_requests(config.prompts, config.labels, config.count)
+    conditioned = config.condition.first is not None or config.condition.last is not None
+    prompts = config.prompts if config.prompts or config.labels or not conditioned else [""]
+    requests = make_requests(prompts, config.labels, config.count)
     dit, vae, contract = load_dit(Path(config.model_from))
     pipeline = Pipeline(dit, vae, contract.shift, local_device())
     clip = clip_size(config, contract)
@@ -36,11 +41,28 @@ def main(config: GenerateConfig) -> None:
         token_grid(vae.latent_shape(*clip)[1:], dit.patch)
     except ValueError as error:
         raise UserError(f"frames, resolution: {error}; change them") from error
-    generations = pipeline.generate(requests, clip=clip, sampling=config.sampling)
+    frames, height, width = contract.clip
+    trained = token_grid(vae.latent_shape(frames, height, width)[1:], dit.patch)
+    dit.scaling = scaling(config.position_scaling, trained, dit)
+    given = read_given(config.condition, clip, vae.time_factor, len(requests)) if conditioned else None
+    generations = pipeline.generate(requests, clip=clip, sampling=config.sampling, given=given)
     clips = [video.numpy() for video in tqdm(generations, total=len(requests), desc="generating", unit="clip")]
     out = Path(config.out)
-    write(out, requests, clips, config, contract)
+    write(out, requests, clips, config, contract, given_frames(given.mask[0], vae.time_factor) if given else [])
     print(f"{len(clips)} clips in {out}; look at {out / 'index.html'}")
+
+
+def scaling(choice: PositionScaling, trained: Grid, dit: VideoDiT) -> Scaling | None:
+    """How a model treats positions outside of the grid of tokens that it was trained on.
+
+    Raises:
+        UserError: the model has no rotary positions, which alone know NTK-aware scaling.
+    """
+    if choice is PositionScaling.none:
+        return None
+    if choice is PositionScaling.ntk and dit.positions != "rope":
+        raise UserError("position_scaling: ntk is for rotary positions; this model has sincos, so take linear")
+    return Scaling(method="ntk" if choice is PositionScaling.ntk else "linear", grid=trained)
 
 
 def check(config: GenerateConfig) -> None:
@@ -88,18 +110,23 @@ def clip_size(config: GenerateConfig, contract: Contract) -> tuple[int, int, int
 
 
 def write(
-    out: Path, requests: list[Request], clips: list[np.ndarray], config: GenerateConfig, contract: Contract
+    out: Path,
+    requests: list[Request],
+    clips: list[np.ndarray],
+    config: GenerateConfig,
+    contract: Contract,
+    given: list[int],
 ) -> None:
-    """mp4 files, contact_sheet.png and index.html."""
+    """mp4 files, contact_sheet.png and index.html. given: numbers of the frames that were given."""
     out.mkdir(parents=True, exist_ok=True)
     fps = config.fps or contract.fps or DEFAULT_FPS
-    captions = [request.prompt or f"label {request.label}" for request in requests]
+    captions = [request.prompt or (f"label {request.label}" if request.label >= 0 else "") for request in requests]
     generated = []
     for i, (clip, caption) in enumerate(zip(clips, captions, strict=True)):
         name = f"generation_{i:04d}.mp4"
         write_mp4(out / name, clip, fps)
         generated.append(PageClip(file=name, caption=caption))
-    contact_sheet(clips, captions).save(out / "contact_sheet.png")
+    contact_sheet(clips, captions, given=given).save(out / "contact_sheet.png")
     real = _real_clips(out, set(captions), locate(config.shards, "shards"), contract, fps) if config.shards else []
     if config.run:
         loss_plot(Path(config.run) / RECORD, out / "loss.png")
@@ -107,7 +134,8 @@ def write(
         out,
         title=f"Generations of {contract.run}",
         subtitle=f"step {contract.step}, {contract.weights} weights, {config.sampling.sampler.name} sampler with "
-        f"{config.sampling.steps} steps, guidance {config.sampling.guidance:g}",
+        f"{config.sampling.steps} steps, guidance {config.sampling.guidance:g}"
+        + (f"; given frames, underlined frame by frame: {', '.join(map(str, given))}" if given else ""),
         generated=generated,
         real=real,
         contact_sheet="contact_sheet.png",

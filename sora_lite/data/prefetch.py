@@ -47,6 +47,7 @@ class Prefetcher:
             if self._process is not None:
                 self._process.kill()
                 self._process.join()
+                self._process = None
 
     def go_on(self, step: int) -> bool:
         """Tell that training is at a step. Returns whether the process had died and was started anew."""

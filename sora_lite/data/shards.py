@@ -70,7 +70,7 @@ Place = TypeVar("Place", Path, Url, Location)
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,90}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SHARD = re.compile(r"((?:train|validation)-\d{6}(?:\.\d{1,9})?)\.tar")
-KEY_OF_OTHERS = r"[^\p{C}]{1,512}"
+KEY_OF_OTHERS = r"[^\p{Cc}\p{Cf}\p{Zl}\p{Zp}]{1,512}"
 """Regular expression (RE2) of keys in shards of others: anything that can be printed."""
 _BLOCK = tarfile.BLOCKSIZE
 

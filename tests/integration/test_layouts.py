@@ -38,7 +38,7 @@ def index(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Index:
 def make(index: Index, rank: int, world_size: int, workers: int, weights: tuple[float, float] = (3, 1)) -> ClipLoader:
     return ClipLoader(
         index, ROWS,
-        fps=None, seed=5, block_shards=2, flip=True, rank=rank, world_size=world_size, accumulation=1, workers=workers,
+        seed=5, block_shards=2, flip=True, rank=rank, world_size=world_size, accumulation=1, workers=workers,
         cache_bytes=0, pin=False, weights=weights, image_ratio=0.5,
     )  # fmt: skip
 

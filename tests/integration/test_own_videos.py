@@ -46,7 +46,7 @@ STEPS, SAVE_EVERY = 16, 4
 LAYOUT = [BUCKETS, "data.workers=1", "data.cache_mb=64", "optim.warmup_steps=0", "run.log_every=1", "logging=quiet"]
 VAE = ["train-vae", "run.name=my_vae", "data.shards=shards", "vae=tiny", "run.steps=12", "optim.lr=2e-3", *LAYOUT]
 DIT = [
-    "train", "run.name=my_dit", "data.shards=shards", "vae_from=runs/my_vae", "model=dit_tiny", "model.num_classes=0",
+    "train", "run.name=my_dit", "data.shards=shards", "vae_from=runs/my_vae", "model=video_tiny", "model.num_classes=0",
     f"run.steps={STEPS}", f"run.save_every={SAVE_EVERY}", "run.validate_every=8", *LAYOUT,
 ]  # fmt: skip
 

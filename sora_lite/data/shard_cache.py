@@ -116,16 +116,15 @@ class ShardCache:
         while True:
             with os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=_CHUNK) as file:
                 self._wait_for(file, partial, failed, begun)
-                try:
-                    current = os.fstat(file.fileno()).st_ino == partial.stat().st_ino
-                except FileNotFoundError:  # it was finished while we waited
-                    current = False
-                if current:
+                if _is_at(file, partial):
                     yield file
                     return
 
     def _wait_for(self, file: IO[bytes], partial: Path, failed: Path, begun: float) -> None:
-        """Lock a partial file. Whoever holds it is waited for as long as it grows, or may be pausing between tries."""
+        """Lock a partial file, or return when it has been finished: as a shard it is locked by those who read it.
+
+        Whoever holds it is waited for as long as it grows, or may be pausing between tries.
+        """
         seen, since = -1, time.monotonic()
         while True:
             try:
@@ -133,6 +132,8 @@ class ShardCache:
                 return
             except BlockingIOError:
                 pass
+            if not _is_at(file, partial):
+                return
             if failed.exists() and failed.stat().st_mtime > begun:
                 raise UserError(failed.read_text())
             if (now := os.fstat(file.fileno()).st_size) != seen:
@@ -246,6 +247,13 @@ class _PartialShard:
         self._file.seek(0)
         self._file.truncate()
         self._digest = hashlib.sha256()
+
+
+def _is_at(file: IO[bytes], path: Path) -> bool:
+    try:
+        return os.fstat(file.fileno()).st_ino == path.stat().st_ino
+    except FileNotFoundError:
+        return False
 
 
 def _delete_unused(path: str) -> bool:

@@ -112,7 +112,8 @@ def test_a_run_from_a_url(tiny: Tiny, server: BadServer, tmp_path: Path) -> None
         assert call("train", *words, "data.workers=1") == 0
         return [line for line in read_record(tmp_path / root / "tiny" / RECORD) if "loss" in line]
 
-    server.every_fault = ["500", "wrong", "", "drop", "", "stall"]
+    server.every_fault = ["500", "wrong"]  # the manifest comes first
+    server.faults = {path.name: ["500", "drop"] for path in tiny.shards.glob("*.tar")}
     near, far = train("near", tiny.shards), train("far", server.url + "/")
     assert [line["loss"] for line in near] == [line["loss"] for line in far] and len(far) == 4
     assert sum(line["io_retries"] for line in far) > 0 == sum(line["io_retries"] for line in near)
@@ -137,7 +138,7 @@ def test_killed_workers_change_nothing(tiny: Tiny, whole: list[ClipBatch]) -> No
             for process in one.workers.processes:
                 os.kill(process, signal.SIGKILL)
     assert_same(found, whole)
-    assert one.workers.restarts == len(said) == 4 and all("SIGKILL" in text for text in said)
+    assert one.workers.restarts == len(said) >= 2 and all("SIGKILL" in text for text in said)
 
 
 def test_a_killed_prefetcher_changes_nothing(server: BadServer, tmp_path: Path, whole: list[ClipBatch]) -> None:
@@ -184,7 +185,7 @@ def replaced(found: list[ClipBatch], whole: list[ClipBatch]) -> set[str]:
 
 def test_a_shard_that_is_cut_off_while_training(copy: Path, whole: list[ClipBatch]) -> None:
     index = Index.load(copy, "train")
-    half = int(index.media_offset[index.shard == 0][1]) + 5
+    half = int(index.media_offset[index.shard == 0][-3]) + 5
     os.truncate(index.shard_paths[0], half)
     ends = np.maximum(index.media_offset + index.media_size, index.json_offset + index.json_size)
     lost = {index.key(int(i)) for i in np.flatnonzero((index.shard == 0) & (ends > half))}

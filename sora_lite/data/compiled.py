@@ -20,17 +20,18 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sora_lite.data.buckets import Bucket, Row, assign, choose, frames_at, refuse_empty
-from sora_lite.data.index import BY_KEY, COLUMNS, Index, check_shard, entries_of, load_manifest, read_parts
+from sora_lite.data.index import BY_KEY, COLUMNS, Index, Origin, check_shard, entries_of, load_manifest, read_parts
 from sora_lite.data.shards import MANIFEST, Manifest, flush, flush_folder, replace_file, to_json
 from sora_lite.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 """Part of every hash: a new number when the files below change."""
 CHUNK = 2**18
 """Samples that are given to buckets at a time."""
@@ -40,13 +41,16 @@ ABANDONED_SECONDS = 6 * 3600
 """Age after which a folder that was never finished is taken for what a killed process left behind."""
 
 
-def open_index(folders: Sequence[Path], split: str, *, cache: Path | None = None, check: bool = True) -> Index:
+def open_index(
+    folders: Sequence[Path], split: str, *, cache: Path | None = None, check: bool = True, content: str = "clips"
+) -> Index:
     """Map the index of one split of data sets, numbered through; compile it first where that was not done yet.
 
     Args:
         folders: the data sets.
         cache: folder for what is compiled; by default `.cache` in the first data set's folder.
         check: whether to look that every shard is there with its size. One process of a job is enough.
+        content: what the data sets must hold: clips, latents or text.
 
     Raises:
         UserError: as `Index.load`, or the cache cannot be written.
@@ -54,7 +58,7 @@ def open_index(folders: Sequence[Path], split: str, *, cache: Path | None = None
     cache = cache or folders[0] / ".cache"
     folder = cache / _index_name([_manifest_hash(folder) for folder in folders], split)
     if not folder.is_dir():
-        folder = _compile_index(folders, split, cache)
+        folder = _compile_index(folders, split, cache, content)
     meta = _read_json(folder / "index.json")
     names, set_shards = meta["names"], meta["set_shards"]
     of_set = np.repeat(np.arange(len(folders)), set_shards).tolist()
@@ -67,6 +71,7 @@ def open_index(folders: Sequence[Path], split: str, *, cache: Path | None = None
         shard_sha256=meta["sha256"],
         set_shards=set_shards,
         counts=meta["counts"],
+        origins=[Origin(**one) for one in meta["origins"]],
         removed=meta["removed"],
         folder=folder,
         **{name: _map(folder / f"{name}.npy") for name in ["by_key", *COLUMNS]},
@@ -114,9 +119,9 @@ def _index_name(manifest_hashes: Sequence[str], split: str) -> str:
     return f"index-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
-def _compile_index(folders: Sequence[Path], split: str, cache: Path) -> Path:
+def _compile_index(folders: Sequence[Path], split: str, cache: Path, content: str) -> Path:
     """Write the columns of an index -> its folder, named by the manifests as they were when they were read."""
-    manifests = [load_manifest(folder) for folder in folders]
+    manifests = [load_manifest(folder, content) for folder in folders]
     hashes = [hashlib.sha256(manifest.to_bytes()).hexdigest() for manifest in manifests]
     folder = cache / _index_name(hashes, split)
     _build(folder, lambda partial: _write_index(partial, folders, manifests, split))
@@ -151,6 +156,7 @@ def _write_index(partial: Path, folders: Sequence[Path], manifests: Sequence[Man
         "sha256": [entry.sha256 for entry in together],
         "set_shards": [len(some) for some in entries],
         "counts": [manifest.counts for manifest in manifests],
+        "origins": [asdict(Origin.of(manifest)) for manifest in manifests],
         "removed": removed,
     }
     replace_file(partial / "index.json", to_json(meta))

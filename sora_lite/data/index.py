@@ -5,14 +5,14 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sora_lite.data.shards import INDEX_SCHEMA, MEDIA, Manifest, ShardEntry
+from sora_lite.data.shards import ENCODED, INDEX_SCHEMA, MEDIA, Manifest, ShardEntry
 from sora_lite.errors import UserError
 
 BY_KEY = 65_536
@@ -25,6 +25,20 @@ COLUMNS: dict[str, np.dtype] = {
     for name, kind in zip(INDEX_SCHEMA.names, INDEX_SCHEMA.types, strict=True)
 } | {"shard": np.dtype(np.int32)}
 """Columns of an index and their types; texts are UTF-8 bytes of whatever width they need."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Origin:
+    """What the manifest of a data set says of all its samples; see `Manifest` for the fields."""
+
+    content: str
+    config_hash: str
+    encoding: dict[str, Any]
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Self:
+        """Out of a manifest."""
+        return cls(content=manifest.content, config_hash=manifest.config_hash, encoding=manifest.encoding)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -40,6 +54,8 @@ class Index:
     """Number of shards of each data set, which follow one another in `shard_paths`."""
     counts: list[dict[str, int]]
     """What became of the sources and clips of each data set in its last packing."""
+    origins: list[Origin]
+    """What each data set is and was made with."""
     removed: list[str]
     """Keys of samples in these shards that were taken down, and so are not among the N."""
     by_key: np.ndarray
@@ -47,9 +63,9 @@ class Index:
     keys: np.ndarray
     """Fixed-width bytes, UTF-8; `key` gives one as text."""
     source: np.ndarray
-    """Fixed-width bytes: first 16 hex digits of the source's SHA-256."""
+    """Fixed-width bytes: first 16 hex digits of the source's SHA-256, or `clip_digits` of what a sample was made of."""
     ext: np.ndarray
-    """Fixed-width bytes: mp4, png, jpg or webp."""
+    """Fixed-width bytes: mp4, png, jpg, webp, latent.safetensors or text.safetensors."""
     shard: np.ndarray
     """int32: place in `shard_paths`."""
     media_offset: np.ndarray
@@ -88,15 +104,16 @@ class Index:
         return len(self.keys)
 
     @classmethod
-    def load(cls, folders: Path | Sequence[Path], split: str) -> Self:
+    def load(cls, folders: Path | Sequence[Path], split: str, *, content: str = "clips") -> Self:
         """Read one split ("train" or "validation") into memory; one that holds nothing gives an empty index.
 
         folders: one data set, or several, whose samples are numbered through.
+        content: what they must hold: clips, latents or text.
         Raises UserError, with the file and the cure, if the manifest, a shard or an index is missing, if one is not
         as the manifest says, or if packing has not finished.
         """
         folders = [folders] if isinstance(folders, Path) else list(folders)
-        manifests = [load_manifest(folder) for folder in folders]
+        manifests = [load_manifest(folder, content) for folder in folders]
         parts = [{name: np.empty(0, kind) for name, kind in COLUMNS.items()}]
         removed: list[str] = []
         for part, gone in read_parts(folders, manifests, split):
@@ -109,6 +126,7 @@ class Index:
             shard_sha256=[one.sha256 for some in entries for one in some],
             set_shards=[len(some) for some in entries],
             counts=[manifest.counts for manifest in manifests],
+            origins=[Origin.of(manifest) for manifest in manifests],
             removed=removed,
             folder=None,
             by_key=np.argsort(columns["keys"], kind="stable")[:BY_KEY],
@@ -129,9 +147,14 @@ class Index:
         return hashlib.sha256("\n".join([*self.shard_sha256, *self.removed]).encode()).hexdigest()
 
 
-def load_manifest(folder: Path) -> Manifest:
-    """The manifest of a data set that can be read. Raises UserError if its first packing has not finished."""
+def load_manifest(folder: Path, content: str = "clips") -> Manifest:
+    """The manifest of a data set that can be read.
+
+    Raises UserError if its first packing has not finished, or if it holds something else than `content`.
+    """
     manifest = Manifest.load(folder)
+    if manifest.content != content:
+        raise UserError(f"{folder}: holds {manifest.content}, not {content}; {_PLACES[manifest.content]}.")
     if manifest.pending and not manifest.shards:
         raise UserError(f"{folder}: packing was interrupted; `sora-data run` with the same arguments finishes it.")
     return manifest
@@ -199,6 +222,8 @@ def check_shard(path: Path, size: int) -> None:
         raise UserError(f"{path}: has {found} bytes, not the manifest's {size}; {_CURE}.")
 
 
+_PLACES = {"clips": "it is for data.shards"} | {what: f"it is for data.{what}" for what in ENCODED}
+"""Where a data set belongs, by its content."""
 _CURE = "restore it, or pack the videos again with `sora-data run`"
 
 
@@ -235,8 +260,8 @@ def _fault(table: pa.Table, size: int) -> str:
         return "has keys that are not 1 to 90 letters, digits, underscores and hyphens"
     if len(pc.unique(keys)) < len(keys):
         return "has a key twice"
-    if not pc.all(pc.is_in(table["ext"], pa.array(MEDIA))).as_py() and len(keys):
-        return f"has files that are none of {', '.join(MEDIA)}"
+    if not pc.all(pc.is_in(table["ext"], pa.array([*MEDIA, *ENCODED.values()]))).as_py() and len(keys):
+        return f"has files that are none of {', '.join(MEDIA)}, nor made of such"
     for what in ("media", "json"):
         begin, length = table[f"{what}_offset"].to_numpy(), table[f"{what}_size"].to_numpy()
         if np.any((begin < 0) | (length < 0) | (begin > size) | (length > size - begin)):

@@ -7,6 +7,7 @@ from torch import nn
 
 from benchmarks.measure import table, take_turns
 from sora_lite.config import OptimConfig, ParallelConfig
+from sora_lite.models.conditions import Conditions
 from sora_lite.models.dit import VideoDiT
 from sora_lite.parallel.env import init_rank, shutdown
 from sora_lite.training.engine import Engine
@@ -25,7 +26,8 @@ def loss_of(model: Callable[..., torch.Tensor]) -> torch.Tensor:
     """One forward pass on fixed inputs."""
     generator = torch.Generator().manual_seed(0)
     latent = torch.randn(BATCH, 16, 5, 8, 8, generator=generator)
-    return (model(latent, torch.linspace(0, 1, BATCH), torch.arange(BATCH), None) - latent).square().mean()
+    prediction = model(latent, torch.linspace(0, 1, BATCH), Conditions(labels=torch.arange(BATCH)))
+    return (prediction - latent).square().mean()
 
 
 def bare_loop() -> Callable[[], None]:

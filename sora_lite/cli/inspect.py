@@ -7,6 +7,7 @@ import torch
 
 from sora_lite.config import Format, InspectConfig
 from sora_lite.errors import UserError
+from sora_lite.models.conditions import Conditions
 from sora_lite.models.dit import VideoDiT
 from sora_lite.models.patch import token_grid
 from sora_lite.training.metrics import count_flops
@@ -35,9 +36,9 @@ def inspect_model(config: InspectConfig) -> dict[str, int | float]:
     with torch.device("meta"):
         dit = VideoDiT(channels=channels, **asdict(config.model))
         latent, time = torch.empty(1, channels, *cells), torch.empty(1)
-        labels = torch.zeros(1, dtype=torch.int64)
         text = torch.ones(1, (config.model.text.max_bytes if config.model.text else 0) + 1, dtype=torch.int64)
-    flops = count_flops(lambda: dit(latent, time, labels, text))
+        conditions = Conditions(labels=torch.zeros(1, dtype=torch.int64), text=text)
+    flops = count_flops(lambda: dit(latent, time, conditions))
     return {
         "parameters": sum(parameter.numel() for parameter in dit.parameters()),
         "tokens": t * h * w,

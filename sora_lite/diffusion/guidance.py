@@ -1,34 +1,36 @@
 """Classifier-free guidance (Ho & Salimans, arXiv 2207.12598)."""
 
 from collections.abc import Callable
+from typing import Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-Conditional = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
-"""model(x, t, labels, text) -> prediction."""
+
+class Joinable(Protocol):
+    """Conditions of a batch, such as `models.conditions.Conditions`."""
+
+    def cat(self, other: Self) -> Self:
+        """Both along the batch."""
+        ...
+
+
+Given = TypeVar("Given", bound=Joinable)
 
 
 def guided(
-    model: Conditional,
-    scale: float,
-    labels: Tensor | None,
-    text: Tensor | None,
-    null_labels: Tensor | None,
-    null_text: Tensor | None,
+    model: Callable[[Tensor, Tensor, Given], Tensor], scale: float, conditions: Given, null: Given
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """velocity(x, t) = null + scale * (conditional - null), in one call on a doubled batch. Scale 1 is no guidance.
 
-    labels: B; text: B M; the null conditions have the same shapes.
+    model(x, t, conditions) predicts; `conditions` and `null` are of x's batch size.
     """
     if scale == 1:
-        return lambda x, t: model(x, t, labels, text)
-    both_labels = torch.cat([labels, null_labels]) if labels is not None and null_labels is not None else None
-    both_text = torch.cat([text, null_text]) if text is not None and null_text is not None else None
+        return lambda x, t: model(x, t, conditions)
+    both = conditions.cat(null)
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
-        prediction = model(torch.cat([x, x]), torch.cat([t, t]), both_labels, both_text)
-        conditional, null = prediction.chunk(2)
-        return null + scale * (conditional - null)
+        conditional, unconditional = model(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        return unconditional + scale * (conditional - unconditional)
 
     return velocity

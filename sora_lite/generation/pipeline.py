@@ -15,6 +15,7 @@ from sora_lite.diffusion.guidance import guided
 from sora_lite.diffusion.sampler import sample_euler, sample_heun
 from sora_lite.diffusion.timesteps import sampling_grid
 from sora_lite.errors import UserError
+from sora_lite.models.conditions import Conditions
 from sora_lite.models.dit import VideoDiT
 from sora_lite.models.text import tokenize
 from sora_lite.models.vae import CausalVAE
@@ -64,14 +65,14 @@ def check_requests(requests: Sequence[Request], *, num_classes: int, has_text: b
 
 def conditions(
     requests: Sequence[Request], *, num_classes: int, max_bytes: int | None, device: torch.device
-) -> tuple[Tensor | None, Tensor | None]:
-    """(labels B, text B M) as a model with so many classes and so long a text takes them."""
+) -> Conditions:
+    """As a model with so many classes and so long a text takes them."""
     labels = text = None
     if num_classes:
         labels = torch.tensor([r.label if r.label >= 0 else num_classes for r in requests], device=device)
     if max_bytes is not None:
         text = tokenize([r.prompt for r in requests], max_bytes).to(device)
-    return labels, text
+    return Conditions(labels=labels, text=text)
 
 
 def sample_latents(
@@ -93,12 +94,11 @@ def sample_latents(
         shape: latent shape (C, t, h, w).
         shift: time shift of training, used where `sampling` names none.
     """
-    labels, text = conditions(requests, num_classes=num_classes, max_bytes=max_bytes, device=device)
-    null_labels = torch.full_like(labels, num_classes) if labels is not None else None
-    null_text = tokenize([""], max_bytes).to(device) if text is not None and max_bytes is not None else None
-    if null_text is not None and text is not None:
-        null_text = torch.nn.functional.pad(null_text, (0, text.shape[1] - 1)).expand(len(text), -1)
-    velocity = guided(model, sampling.guidance, labels, text, null_labels, null_text)
+    asked, null = (
+        conditions(some, num_classes=num_classes, max_bytes=max_bytes, device=device)
+        for some in (requests, [Request()] * len(requests))
+    )
+    velocity = guided(model, sampling.guidance, asked, null)
     noise = seeded_normal(shape, seeds, device)
     return SAMPLERS[sampling.sampler](velocity, noise, sampling_grid(sampling.steps, sampling.shift or shift))
 

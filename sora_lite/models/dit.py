@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from sora_lite.models.conditions import Conditions
 from sora_lite.models.layers import MLP, CrossAttention, SelfAttention, TimestepEmbedding, modulate
 from sora_lite.models.patch import patchify, token_grid, unpatchify
 from sora_lite.models.rope import rotation
@@ -122,14 +123,13 @@ class VideoDiT(nn.Module):
         nn.init.zeros_(self.final.out.weight)
         nn.init.zeros_(self.final.out.bias)
 
-    def forward(self, latent: Tensor, time: Tensor, labels: Tensor | None, text: Tensor | None) -> Tensor:
+    def forward(self, latent: Tensor, time: Tensor, conditions: Conditions) -> Tensor:
         """One prediction.
 
         Args:
             latent: B C T H W, normalised, noisy.
             time: B in [0, 1]; 0 is data, 1 is noise.
-            labels: B int64 in [0, num_classes], where num_classes is "no label"; None for a model without labels.
-            text: B M int64 from `models.text.tokenize`, where the empty prompt is "no text"; None for one without.
+            conditions: of the same batch; what the model does not read is ignored.
 
         Returns:
             B C T H W.
@@ -138,10 +138,10 @@ class VideoDiT(nn.Module):
         x = self.embed(patchify(latent, self.patch))  # B N D
         condition = self.embed_time(time)  # B D
         if self.embed_label is not None:
-            condition = condition + self.embed_label(labels)  # B D
+            condition = condition + self.embed_label(conditions.labels)  # B D
         features = mask = None
         if self.text is not None:
-            features, real = self.text(text)  # B M D_text, B M
+            features, real = self.text(conditions.text)  # B M D_text, B M
             # The maximum, since a mean over many bytes would bury the few that differ between two prompts.
             pooled = features.masked_fill(~real.unsqueeze(-1), -torch.inf).amax(1)  # B D_text
             condition = condition + self.pool_text(pooled)  # B D

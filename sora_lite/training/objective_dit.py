@@ -28,6 +28,7 @@ from sora_lite.generation.pipeline import (
     to_float,
     to_uint8,
 )
+from sora_lite.models.conditions import Conditions
 from sora_lite.models.dit import VideoDiT
 from sora_lite.models.patch import token_grid
 from sora_lite.models.vae import CausalVAE
@@ -77,9 +78,10 @@ class DiTObjective:
         with torch.device("meta"):
             dit = VideoDiT(**self.architecture)
             latent = torch.empty(1, *self.vae.latent_shape(frames, height, width))
-            time, labels = torch.empty(1), torch.zeros(1, dtype=torch.int64)
             text = torch.ones(1, (self.max_bytes or 0) + 1, dtype=torch.int64)
-        return count_flops(lambda: dit(latent, time, labels, text))
+            conditions = Conditions(labels=torch.zeros(1, dtype=torch.int64), text=text)
+            time = torch.empty(1)
+        return count_flops(lambda: dit(latent, time, conditions))
 
     def _seed(self, batch: ClipBatch, purpose: str) -> list[int]:
         return [hash_seed(self.seed, batch.step, int(position), purpose) for position in batch.positions]
@@ -98,7 +100,7 @@ class DiTObjective:
             kept.append(Request(prompt="" if draws[1] < self.drop else request.prompt, label=label))
         return kept
 
-    def _conditions(self, requests: list[Request]) -> tuple[Tensor | None, Tensor | None]:
+    def _conditions(self, requests: list[Request]) -> Conditions:
         return conditions(
             requests, num_classes=self.config.num_classes, max_bytes=self.max_bytes, device=self.rank.device
         )
@@ -118,8 +120,8 @@ class DiTObjective:
             ]
         )
 
-    def _predict(self, engine: Engine, x: Tensor, t: Tensor, labels: Tensor | None, text: Tensor | None) -> Tensor:
-        return engine(x.to(next(engine.module.parameters()).dtype), t, labels, text).float()
+    def _predict(self, engine: Engine, x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+        return engine(x.to(next(engine.module.parameters()).dtype), t, conditions).float()
 
     def loss(self, engine: Engine, batch: ClipBatch) -> Loss:
         data = self._latents(batch.video, self._seed(batch, "posterior"))  # B C t h w
@@ -133,8 +135,8 @@ class DiTObjective:
             for caption, label in zip(batch.captions, batch.labels.tolist(), strict=True)
         ]
         check_requests(requests, num_classes=self.config.num_classes, has_text=self.max_bytes is not None)
-        labels, text = self._conditions(self.dropped(requests, self._seed(batch, "dropout")))
-        prediction = self._predict(engine, point.x_t, time, labels, text)
+        conditions = self._conditions(self.dropped(requests, self._seed(batch, "dropout")))
+        prediction = self._predict(engine, point.x_t, time, conditions)
         each = mse_per_sample(prediction, point.target)  # B
         bins = (time * TIME_BINS).long().clamp_max(TIME_BINS - 1)
         parts: dict[str, tuple[Tensor, float | Tensor]] = {}
@@ -149,14 +151,14 @@ class DiTObjective:
         means = Means(self.rank)
         for video, clips, weights, places in held_out.batches():
             data = self._latents(video, [hash_seed("validation", int(p), "posterior") for p in places])
-            labels, text = self._conditions([self._request(clip) for clip in clips])
+            conditions = self._conditions([self._request(clip) for clip in clips])
             for time in VALIDATION_TIMES:
                 noise = seeded_normal(
                     data.shape[1:], [hash_seed("validation", int(p), "noise", str(time)) for p in places], data.device
                 )
                 t = torch.full((len(data),), time, device=data.device)
                 point = rectified_flow(data, noise, t)
-                each = mse_per_sample(self._predict(engine, point.x_t, t, labels, text), point.target)
+                each = mse_per_sample(self._predict(engine, point.x_t, t, conditions), point.target)
                 for value, weight in zip(each.tolist(), weights, strict=True):
                     means.add("val_loss", value, weight)
                     means.add(f"val_loss_t{time}", value, weight)
@@ -174,7 +176,7 @@ class DiTObjective:
         told = self.rank.gather([[request.prompt, request.label] for request in mine])[0]
         requests = [Request(prompt=prompt, label=label) for prompt, label in told]
         latents = sample_latents(
-            lambda x, t, labels, text: self._predict(engine, x, t, labels, text),
+            lambda x, t, conditions: self._predict(engine, x, t, conditions),
             requests,
             shape=self.vae.latent_shape(*held_out.shape),
             num_classes=self.config.num_classes,

@@ -9,6 +9,7 @@ from sora_lite.diffusion.loss import mse_per_sample
 from sora_lite.diffusion.path import rectified_flow
 from sora_lite.diffusion.sampler import sample_euler, sample_heun
 from sora_lite.diffusion.timesteps import logit_normal, sampling_grid, shift, uniform
+from sora_lite.models.conditions import Conditions
 
 MEAN, STD = 1.5, 0.4
 
@@ -86,16 +87,16 @@ def test_shift_is_resolutions_noise_ratio() -> None:
 
 
 def test_guidance_extrapolates_from_null_to_conditional() -> None:
-    def model(x, t, labels, text):
-        return x * labels.view(-1, 1) + text.sum(1, keepdim=True)
+    def model(x, t, conditions):
+        return x * conditions.labels.view(-1, 1) + conditions.text.sum(1, keepdim=True)
 
     x, t = torch.ones(2, 3), torch.ones(2)
-    labels, null = torch.tensor([3.0, 5.0]), torch.tensor([1.0, 1.0])
-    text, null_text = torch.tensor([[2.0], [4.0]]), torch.zeros(2, 1)
-    made = guided(model, 2.5, labels, text, null, null_text)(x, t)
-    conditional, unconditional = model(x, t, labels, text), model(x, t, null, null_text)
+    asked = Conditions(labels=torch.tensor([3.0, 5.0]), text=torch.tensor([[2.0, 1.0], [4.0, 0.0]]))
+    null = Conditions(labels=torch.tensor([1.0, 1.0]), text=torch.zeros(2, 1))
+    made = guided(model, 2.5, asked, null)(x, t)
+    conditional, unconditional = model(x, t, asked), model(x, t, null)
     torch.testing.assert_close(made, unconditional + 2.5 * (conditional - unconditional))
-    torch.testing.assert_close(guided(model, 1.0, labels, text, null, null_text)(x, t), conditional)
+    torch.testing.assert_close(guided(model, 1.0, asked, null)(x, t), conditional)
 
 
 def test_loss_is_per_sample() -> None:

@@ -1,13 +1,16 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from sora_lite.models.conditions import Conditions
 from sora_lite.models.dit import VideoDiT
 from sora_lite.models.layers import SelfAttention, TimestepEmbedding
 from sora_lite.models.patch import patchify, token_grid, unpatchify
 from sora_lite.models.rope import axis_split, rotate, rotation
 from sora_lite.models.text import BEGIN, PAD, ByteTextEncoder, tokenize
+from sora_lite.parallel.apply import apply_activation_checkpointing
 
 TEXT = {"width": 16, "depth": 1, "heads": 2, "max_bytes": 12}
 
@@ -27,50 +30,50 @@ def inputs(batch: int = 3, frames: int = 3, height: int = 4, width: int = 6):
     return (
         torch.randn(batch, 4, frames, height, width, generator=generator),
         torch.rand(batch, generator=generator),
-        torch.arange(batch) % 4,
-        tokenize(["a cat", "", "two dogs run"][:batch], 12),
+        Conditions(labels=torch.arange(batch) % 4, text=tokenize(["a cat", "", "two dogs run"][:batch], 12)),
     )
 
 
 def test_starts_as_zero_and_the_identity() -> None:
     torch.manual_seed(0)
     model = VideoDiT(channels=4, width=24, depth=2, heads=2, num_classes=3, text=TEXT)
-    latent, time, labels, text = inputs()
-    assert model(latent, time, labels, text).abs().max() == 0
+    latent, time, given = inputs()
+    assert model(latent, time, given).abs().max() == 0
     x, condition = torch.randn(3, 18, 24), torch.randn(3, 24)
-    features, real = model.text(text)
+    features, real = model.text(given.text)
     rope = rotation((3, 2, 3), 12, 1e4, x.device)
     assert torch.equal(model.blocks[0](x, condition, rope, features, real[:, None, None]), x)
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 4), (2, 4, 4), (5, 2, 8), (3, 8, 2), (9, 6, 4)])
 def test_one_model_takes_any_shape(shape: tuple[int, int, int]) -> None:
-    latent, time, labels, text = inputs(2, *shape)
-    assert make()(latent, time, labels, text).shape == latent.shape
+    latent, time, given = inputs(2, *shape)
+    assert make()(latent, time, given).shape == latent.shape
 
 
 def test_every_condition_matters_and_samples_do_not_mix() -> None:
     model = make()
-    latent, time, labels, text = inputs()
-    out = model(latent, time, labels, text)
+    latent, time, given = inputs()
+    out = model(latent, time, given)
     for changed in (
-        model(latent + 0.1, time, labels, text),
-        model(latent, time + 0.1, labels, text),
-        model(latent, time, (labels + 1) % 4, text),
-        model(latent, time, labels, tokenize(["a bat", "x", "two dogs sit"], 12)),
+        model(latent + 0.1, time, given),
+        model(latent, time + 0.1, given),
+        model(latent, time, replace(given, labels=(given.labels + 1) % 4)),
+        model(latent, time, replace(given, text=tokenize(["a bat", "x", "two dogs sit"], 12))),
     ):
         assert ((changed - out).abs().flatten(1).max(1).values > 1e-4).all()
     order = torch.tensor([2, 0, 1])
-    torch.testing.assert_close(model(latent[order], time[order], labels[order], text[order]), out[order])
+    permuted = Conditions(labels=given.labels[order], text=given.text[order])
+    torch.testing.assert_close(model(latent[order], time[order], permuted), out[order])
 
 
 def test_padding_of_text_changes_nothing() -> None:
     model = make()
-    latent, time, labels, text = inputs()
-    longer = torch.nn.functional.pad(text, (0, 0 if text.shape[1] == 13 else 13 - text.shape[1]), value=PAD)
-    alone = model(latent[:1], time[:1], labels[:1], tokenize(["a cat"], 12))
-    together = model(latent, time, labels, longer)[:1]
-    assert longer.shape[1] > tokenize(["a cat"], 12).shape[1]
+    latent, time, given = inputs()
+    cat = Conditions(labels=given.labels[:1], text=tokenize(["a cat"], 12))
+    alone = model(latent[:1], time[:1], cat)
+    together = model(latent, time, given)[:1]
+    assert given.text.shape[1] > cat.text.shape[1]
     torch.testing.assert_close(alone, together, rtol=1e-5, atol=1e-6)
 
 
@@ -149,3 +152,16 @@ def test_size_of_the_papers_presets() -> None:
             block = sum(p.numel() for p in model.blocks[0].parameters())
             assert block == 18 * width**2 + 15 * width + 2 * (width // heads)
             assert len(model.blocks) == depth
+
+
+def test_activation_checkpointing_changes_no_gradient() -> None:
+    latent, time, given = inputs()
+    gradients = []
+    for recompute in (False, True):
+        model = make()
+        if recompute:
+            apply_activation_checkpointing(model)
+        model(latent, time, given).square().mean().backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert gradient is not None and torch.equal(gradient, gradients[1][name]), name

@@ -1,0 +1,75 @@
+"""What a model is told besides the noisy latent and the time.
+
+Shapes: B batch, M text tokens, C_text features of a text encoder, P features of pooled text, C latent channels,
+T H W latent frames and cells.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Conditions:
+    """Conditions of a batch; None is a condition that the model does not have.
+
+    labels: B int64 in [0, num_classes], where num_classes itself is "no label".
+    text: of the encoder over bytes int64 B M from `models.text.tokenize`; of a frozen encoder its features, B M C_text.
+    text_mask: B M bool, True where a token is real; goes with features only, since padding shows in bytes.
+    pooled: B P, pooled features of a text encoder such as CLIP.
+    frames: B C T H W normalised latents of given frames, zero where none is given.
+    frame_mask: B 1 T 1 1 float, 1 where a frame is given.
+
+    Raises:
+        ValueError: shapes or batch sizes do not go together.
+    """
+
+    labels: Tensor | None = None
+    text: Tensor | None = None
+    text_mask: Tensor | None = None
+    pooled: Tensor | None = None
+    frames: Tensor | None = None
+    frame_mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        sizes = {len(tensor) for tensor in self._given().values()}
+        if len(sizes) > 1:
+            raise ValueError(f"conditions of one batch have different sizes: {sorted(sizes)}")
+        features = self.text is not None and self.text.ndim == 3
+        if features != (self.text_mask is not None):
+            raise ValueError("text features need a text_mask; text as bytes has none")
+        if self.text_mask is not None and self.text is not None and self.text_mask.shape != self.text.shape[:2]:
+            raise ValueError(f"text_mask {tuple(self.text_mask.shape)} is not that of text {tuple(self.text.shape)}")
+        if (self.frames is None) != (self.frame_mask is None):
+            raise ValueError("frames and frame_mask go together")
+
+    def _given(self) -> dict[str, Tensor]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def __len__(self) -> int:
+        """Batch size; 0 where there is no condition at all."""
+        return next((len(tensor) for tensor in self._given().values()), 0)
+
+    def cat(self, other: "Conditions") -> "Conditions":
+        """Both along the batch; the shorter text is padded.
+
+        Raises:
+            ValueError: one of them has a condition that the other lacks.
+        """
+        mine, theirs = self._given(), other._given()
+        if mine.keys() != theirs.keys():
+            raise ValueError(f"conditions {sorted(mine)} cannot be joined with {sorted(theirs)}")
+        if "text" in mine:  # 0 is padding in bytes, in features (masked) and, as False, in the mask
+            tokens = max(mine["text"].shape[1], theirs["text"].shape[1])
+            for name in ("text", "text_mask") if "text_mask" in mine else ("text",):
+                mine[name], theirs[name] = _padded(mine[name], tokens), _padded(theirs[name], tokens)
+        return Conditions(**{name: torch.cat([mine[name], theirs[name]]) for name in mine})
+
+
+def _padded(text: Tensor, tokens: int) -> Tensor:
+    """B M ... with zeros after its tokens, so that there are `tokens`."""
+    after = (0, tokens - text.shape[1])
+    return F.pad(text, after if text.ndim == 2 else (0, 0, *after))

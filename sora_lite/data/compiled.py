@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from sora_lite.data.buckets import Bucket, Row, assign, choose, frames_at, refuse_empty
-from sora_lite.data.index import BY_KEY, COLUMNS, Index, Origin, check_shard, entries_of, load_manifest, read_parts
+from sora_lite.data.index import BY_KEY, COLUMNS, Index, Origin, check_shard, entries_of, load_manifest, read_parts, require_content
 from sora_lite.data.shards import MANIFEST, Manifest, flush, flush_folder, replace_file, to_json
 from sora_lite.errors import UserError
 
@@ -58,8 +58,10 @@ def open_index(
     cache = cache or folders[0] / ".cache"
     folder = cache / _index_name([_manifest_hash(folder) for folder in folders], split)
     if not folder.is_dir():
-        folder = _compile_index(folders, split, cache, content)
+        folder = _compile_index(folders, split, cache)
     meta = _read_json(folder / "index.json")
+    origins = [Origin(**one) for one in meta["origins"]]
+    require_content(folders, origins, content)
     names, set_shards = meta["names"], meta["set_shards"]
     of_set = np.repeat(np.arange(len(folders)), set_shards).tolist()
     paths = [folders[one] / name for one, name in zip(of_set, names, strict=True)]
@@ -71,7 +73,7 @@ def open_index(
         shard_sha256=meta["sha256"],
         set_shards=set_shards,
         counts=meta["counts"],
-        origins=[Origin(**one) for one in meta["origins"]],
+        origins=origins,
         removed=meta["removed"],
         folder=folder,
         **{name: _map(folder / f"{name}.npy") for name in ["by_key", *COLUMNS]},
@@ -119,9 +121,9 @@ def _index_name(manifest_hashes: Sequence[str], split: str) -> str:
     return f"index-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
-def _compile_index(folders: Sequence[Path], split: str, cache: Path, content: str) -> Path:
+def _compile_index(folders: Sequence[Path], split: str, cache: Path) -> Path:
     """Write the columns of an index -> its folder, named by the manifests as they were when they were read."""
-    manifests = [load_manifest(folder, content) for folder in folders]
+    manifests = [load_manifest(folder) for folder in folders]
     hashes = [hashlib.sha256(manifest.to_bytes()).hexdigest() for manifest in manifests]
     folder = cache / _index_name(hashes, split)
     _build(folder, lambda partial: _write_index(partial, folders, manifests, split))

@@ -113,7 +113,9 @@ class Index:
         as the manifest says, or if packing has not finished.
         """
         folders = [folders] if isinstance(folders, Path) else list(folders)
-        manifests = [load_manifest(folder, content) for folder in folders]
+        manifests = [load_manifest(folder) for folder in folders]
+        origins = [Origin.of(manifest) for manifest in manifests]
+        require_content(folders, origins, content)
         parts = [{name: np.empty(0, kind) for name, kind in COLUMNS.items()}]
         removed: list[str] = []
         for part, gone in read_parts(folders, manifests, split):
@@ -126,7 +128,7 @@ class Index:
             shard_sha256=[one.sha256 for some in entries for one in some],
             set_shards=[len(some) for some in entries],
             counts=[manifest.counts for manifest in manifests],
-            origins=[Origin.of(manifest) for manifest in manifests],
+            origins=origins,
             removed=removed,
             folder=None,
             by_key=np.argsort(columns["keys"], kind="stable")[:BY_KEY],
@@ -147,14 +149,17 @@ class Index:
         return hashlib.sha256("\n".join([*self.shard_sha256, *self.removed]).encode()).hexdigest()
 
 
-def load_manifest(folder: Path, content: str = "clips") -> Manifest:
-    """The manifest of a data set that can be read.
+def require_content(folders: Sequence[Path], origins: Sequence[Origin], content: str) -> None:
+    """Raise UserError unless all these data sets hold `content`."""
+    for folder, origin in zip(folders, origins, strict=True):
+        if origin.content != content:
+            setting = "shards" if origin.content == "clips" else origin.content
+            raise UserError(f"{folder}: holds {origin.content}, not {content}; give it as data.{setting}.")
 
-    Raises UserError if its first packing has not finished, or if it holds something else than `content`.
-    """
+
+def load_manifest(folder: Path) -> Manifest:
+    """The manifest of a data set that can be read. Raises UserError if its first packing has not finished."""
     manifest = Manifest.load(folder)
-    if manifest.content != content:
-        raise UserError(f"{folder}: holds {manifest.content}, not {content}; {_PLACES[manifest.content]}.")
     if manifest.pending and not manifest.shards:
         raise UserError(f"{folder}: packing was interrupted; `sora-data run` with the same arguments finishes it.")
     return manifest
@@ -222,8 +227,6 @@ def check_shard(path: Path, size: int) -> None:
         raise UserError(f"{path}: has {found} bytes, not the manifest's {size}; {_CURE}.")
 
 
-_PLACES = {"clips": "it is for data.shards"} | {what: f"it is for data.{what}" for what in ENCODED}
-"""Where a data set belongs, by its content."""
 _CURE = "restore it, or pack the videos again with `sora-data run`"
 
 

@@ -76,7 +76,7 @@ def open_index(
         origins=origins,
         removed=meta["removed"],
         folder=folder,
-        **{name: _map(folder / f"{name}.npy") for name in ["by_key", *COLUMNS]},
+        **{name: map_column(folder / f"{name}.npy") for name in ["by_key", *COLUMNS]},
     )
 
 
@@ -92,14 +92,14 @@ def open_buckets(index: Index, rows: Sequence[Row], fps: float | None) -> list[B
     table = [FORMAT, fps, [[*row.shape, row.keep] for row in rows]]
     folder = index.folder / f"buckets-{hashlib.sha256(json.dumps(table).encode()).hexdigest()[:16]}"
     if not folder.is_dir():
-        _build(folder, lambda partial: _compile_buckets(partial, folder.parent, index, rows, fps))
+        build(folder, lambda partial: _compile_buckets(partial, folder.parent, index, rows, fps))
     digests = _read_json(folder / "buckets.json")["sha256"]
     return [
         Bucket(
             shape=row.shape,
             batch=row.batch,
             digest=digest,
-            **{name: _map(folder / f"{name}_{number}.npy") for name in ("samples", "shards", "starts")},
+            **{name: map_column(folder / f"{name}_{number}.npy") for name in ("samples", "shards", "starts")},
         )
         for number, (row, digest) in enumerate(zip(rows, digests, strict=True))
     ]
@@ -126,7 +126,7 @@ def _compile_index(folders: Sequence[Path], split: str, cache: Path) -> Path:
     manifests = [load_manifest(folder) for folder in folders]
     hashes = [hashlib.sha256(manifest.to_bytes()).hexdigest() for manifest in manifests]
     folder = cache / _index_name(hashes, split)
-    _build(folder, lambda partial: _write_index(partial, folders, manifests, split))
+    build(folder, lambda partial: _write_index(partial, folders, manifests, split))
     return folder
 
 
@@ -173,10 +173,10 @@ def _compile_buckets(partial: Path, index_folder: Path, index: Index, rows: Sequ
     for start in range(0, len(index), CHUNK):
         part = slice(start, start + CHUNK)
         # Mapped anew for each part, since pages that were read stay in memory as long as the mapping.
-        sizes = {argument: _map(index_folder / f"{name}.npy")[part] for argument, name in SIZES.items()}
+        sizes = {argument: map_column(index_folder / f"{name}.npy")[part] for argument, name in SIZES.items()}
         chosen = choose(rows, **sizes, fps=fps)
         longest = max(longest, int(frames_at(sizes["frames"], sizes["own_fps"], fps).max()))
-        shard = _map(index_folder / "shard.npy")[part]
+        shard = map_column(index_folder / "shard.npy")[part]
         low = int(shard[0])
         for number in range(len(rows)):
             places = np.flatnonzero(chosen == number)
@@ -239,7 +239,7 @@ class ColumnWriter:
     def _widen(self, kind: np.dtype) -> None:
         """Write anew what was written, in a wider type."""
         self.close()
-        narrow = _map(self.path)
+        narrow = map_column(self.path)
         self.path.unlink()  # what is mapped stays until it is let go
         self._kind, self._length = kind, 0
         self._file = self.path.open("w+b")
@@ -248,7 +248,7 @@ class ColumnWriter:
             self.append(narrow[start : start + CHUNK])
 
 
-def _build(folder: Path, fill: Callable[[Path], None]) -> None:
+def build(folder: Path, fill: Callable[[Path], None]) -> None:
     """Make a folder that appears complete or not at all; if another process was first, its folder stays."""
     partial = folder.with_name(f"{folder.name}.{secrets.token_hex(8)}.partial")
     try:
@@ -283,7 +283,7 @@ def _sweep(cache: Path) -> None:
                 shutil.rmtree(partial, ignore_errors=True)
 
 
-def _map(path: Path) -> np.ndarray:
+def map_column(path: Path) -> np.ndarray:
     """A column, mapped read-only."""
     try:
         return np.asarray(np.load(path, mmap_mode="r"))

@@ -113,7 +113,13 @@ class Index:
         as the manifest says, or if packing has not finished.
         """
         folders = [folders] if isinstance(folders, Path) else list(folders)
-        manifests = [load_manifest(folder) for folder in folders]
+        return cls.of(folders, [load_manifest(folder) for folder in folders], split, content=content)
+
+    @classmethod
+    def of(
+        cls, folders: Sequence[Path], manifests: Sequence[Manifest], split: str, *, content: str = "clips"
+    ) -> Self:
+        """As `load`, of what these manifests list."""
         origins = [Origin.of(manifest) for manifest in manifests]
         require_content(folders, origins, content)
         parts = [{name: np.empty(0, kind) for name, kind in COLUMNS.items()}]

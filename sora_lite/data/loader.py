@@ -9,6 +9,7 @@ Shapes: B samples of a rank's micro-batch, T frames, H W pixels.
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +19,9 @@ from torch.utils.data import DataLoader, Dataset
 from sora_lite.data.buckets import Row, spare_frames
 from sora_lite.data.compiled import open_buckets
 from sora_lite.data.index import Index
+from sora_lite.data.joined import Joined, Latent, LatentReader, Members
 from sora_lite.data.order import MicroStep, Order, hash_seed, rank_positions
-from sora_lite.data.shards import DamagedSample, ShardReader
+from sora_lite.data.shards import DamagedSample
 from sora_lite.data.transforms import mirror, resize_crop
 from sora_lite.data.video import BadVideo, decode_clip
 from sora_lite.errors import UserError
@@ -38,13 +40,18 @@ class BadSample:
 
 @dataclass(kw_only=True, slots=True)
 class ClipBatch:
-    """One rank's micro-batch.
+    """One rank's micro-batch of B samples: V that were decoded, and B - V that come as latents.
 
-    video: uint8 B 3 T H W in [0, 255]. keys: of the samples. captions: one per sample, "" for none. labels: int64 B,
-    -1 for none. positions: int64 B, places in the global step's batch. step: the global step. bad: samples replaced.
+    video: uint8 V 3 T H W in [0, 255]. mean, logvar: float32 B-V C t h w, unnormalised posteriors; None where V is B.
+    is_latent: bool B, which of the samples are not in `video`. keys: of the samples. captions: one per sample, "" for
+    none. labels: int64 B, -1 for none. positions: int64 B, places in the global step's batch. step: the global step.
+    bad: samples replaced.
     """
 
     video: Tensor
+    mean: Tensor | None = None
+    logvar: Tensor | None = None
+    is_latent: Tensor
     keys: list[str]
     captions: list[str]
     labels: Tensor
@@ -54,82 +61,120 @@ class ClipBatch:
 
     def __post_init__(self) -> None:
         b = len(self.keys)
-        if self.video.dtype != torch.uint8 or self.video.ndim != 5 or self.video.shape[:2] != (b, 3):
-            raise ValueError(f"video is {self.video.dtype} {tuple(self.video.shape)}, not uint8 {b} 3 T H W")
-        if not len(self.captions) == len(self.labels) == len(self.positions) == b:
-            raise ValueError("captions, labels and positions differ in number from the keys")
+        latents = int(self.is_latent.sum())
+        if self.video.dtype != torch.uint8 or self.video.ndim != 5 or self.video.shape[:2] != (b - latents, 3):
+            raise ValueError(f"video is {self.video.dtype} {tuple(self.video.shape)}, not uint8 {b - latents} 3 T H W")
+        for posterior in (self.mean, self.logvar):
+            if (0 if posterior is None else len(posterior)) != latents:
+                raise ValueError(f"there are {latents} latents by is_latent, and another number of means or logvars")
+        if not len(self.captions) == len(self.labels) == len(self.positions) == len(self.is_latent) == b:
+            raise ValueError("captions, labels, positions and is_latent differ in number from the keys")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(T, H, W) of the clips."""
+        return self.video.shape[2], self.video.shape[3], self.video.shape[4]
 
     def pin_memory(self) -> "ClipBatch":
         """Called by torch's DataLoader."""
-        return replace(self, video=self.video.pin_memory())
+        tensors = {"video": self.video, "mean": self.mean, "logvar": self.logvar}
+        return replace(self, **{name: one.pin_memory() for name, one in tensors.items() if one is not None})
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Clip:
-    """A decoded sample: uint8 T H W 3, and what its JSON says of it."""
+    """A sample, decoded or as a latent, and what its JSON says of it. frames: uint8 T H W 3."""
 
-    frames: np.ndarray
+    frames: np.ndarray | None = None
+    latent: Latent | None = None
     captions: list[str]
     label: int
 
+    def __post_init__(self) -> None:
+        if (self.frames is None) == (self.latent is None):
+            raise ValueError("a clip has either frames or a latent")
+
+
+def collate(clips: Sequence[Clip], shape: tuple[int, int, int], **rest: Any) -> ClipBatch:
+    """Clips of one (T, H, W) as a batch, with the fields of `ClipBatch` that the clips do not say."""
+    frames = [clip.frames for clip in clips if clip.frames is not None]
+    latents = [clip.latent for clip in clips if clip.latent is not None]
+    video = np.stack(frames) if frames else np.empty((0, *shape, 3), np.uint8)
+    return ClipBatch(
+        video=torch.from_numpy(video).permute(0, 4, 1, 2, 3),
+        mean=torch.from_numpy(np.stack([latent.mean for latent in latents])) if latents else None,
+        logvar=torch.from_numpy(np.stack([latent.logvar for latent in latents])) if latents else None,
+        is_latent=torch.tensor([clip.latent is not None for clip in clips]),
+        labels=torch.tensor([clip.label for clip in clips]),
+        **rest,
+    )
+
 
 class ClipReader:
-    """Reads samples of an index at a bucket's size, with a bounded memory of decoded clips."""
+    """Reads samples of an index at a bucket's size, with a bounded memory of decoded clips.
 
-    def __init__(self, index: Index, *, fps: float | None, cache_bytes: int, decoder: str = "pyav") -> None:
+    A sample that has a latent of this size in `latents` is not decoded.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        *,
+        fps: float | None,
+        cache_bytes: int,
+        decoder: str = "pyav",
+        latents: Joined | None = None,
+    ) -> None:
         self.index = index
         self.fps = fps
+        self._members = Members(index)
+        self._latents = LatentReader(latents) if latents is not None else None
         self._decoder = decoder
         self._cache_bytes = cache_bytes
         self._cached = 0
         self._cache: OrderedDict[tuple[int, tuple[int, int, int], int], Clip] = OrderedDict()
-        self._shards: dict[int, ShardReader] = {}
 
     def spare(self, sample: int, frames: int) -> int:
         """Largest `start` at which the sample still has so many frames."""
         return spare_frames(int(self.index.frames[sample]), float(self.index.fps[sample]), self.fps, frames)
 
     def read(self, sample: int, shape: tuple[int, int, int], start: int = 0) -> Clip:
-        """Decode sample number `sample` at (T, H, W), from its own frame number `start` on.
+        """Sample number `sample` at (T, H, W): its latent, or decoded from its own frame number `start` on.
 
         Raises:
             DamagedSample, BadVideo: its bytes are not what the index says, or do not decode.
         """
+        if self._latents is not None and (row := self._latents.find(sample, shape)) is not None:
+            latent, meta = self._latents.read(row)
+            captions, label = self._words(sample, meta)
+            return Clip(latent=latent, captions=captions, label=label)
         key = (sample, shape, start)
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
-        meta = self.meta(sample)
-        index = self.index
-        media = self._shard(sample).read(
-            int(index.media_offset[sample]), int(index.media_size[sample]), int(index.crc32c[sample])
-        )
+        captions, label = self._words(sample, self.meta(sample))
+        media = self._members.media(sample)
         decoded = decode_clip(media, frames=shape[0], fps=self.fps, start_frame_offset=start, decoder=self._decoder)
         frames = resize_crop(decoded, shape[1:])
-        captions, label = meta.get("captions") or [], meta.get("label", -1)
-        if type(label) is not int or not all(isinstance(caption, str) for caption in captions):
-            raise DamagedSample(f"{index.keys[sample]}: captions are no list of texts, or its label is no number")
-        clip = Clip(frames=frames, captions=list(captions), label=label)
+        clip = Clip(frames=frames, captions=captions, label=label)
         if frames.nbytes <= self._cache_bytes:
             self._cache[key] = clip
             self._cached += frames.nbytes
             while self._cached > self._cache_bytes:
                 _, oldest = self._cache.popitem(last=False)
-                self._cached -= oldest.frames.nbytes
+                self._cached -= 0 if oldest.frames is None else oldest.frames.nbytes
         return clip
 
     def meta(self, sample: int) -> dict:
         """The sample's JSON."""
-        index = self.index
-        return self._shard(sample).read_json(
-            int(index.json_offset[sample]), int(index.json_size[sample]), int(index.json_crc32c[sample])
-        )
+        return self._members.meta(sample)
 
-    def _shard(self, sample: int) -> ShardReader:
-        number = int(self.index.shard[sample])
-        if number not in self._shards:
-            self._shards[number] = ShardReader(self.index.shard_paths[number])
-        return self._shards[number]
+    def _words(self, sample: int, meta: dict) -> tuple[list[str], int]:
+        """Captions and label of a sample."""
+        captions, label = meta.get("captions") or [], meta.get("label", -1)
+        if type(label) is not int or not all(isinstance(caption, str) for caption in captions):
+            raise DamagedSample(f"{self.index.keys[sample]}: captions are no list of texts, or its label is no number")
+        return list(captions), label
 
 
 class _MicroBatches(Dataset[ClipBatch | str]):
@@ -152,22 +197,20 @@ class _MicroBatches(Dataset[ClipBatch | str]):
             len(micro.samples), rank=self.rank, world_size=self.world_size, accumulation=self.accumulation
         )[one_pass]
         bad: list[BadSample] = []
-        clips, keys, captions, labels = [], [], [], []
+        clips, keys, captions = [], [], []
         for position in positions:
             sample, clip = self._read(micro, step, int(position), bad)
-            frames = clip.frames
-            if self.flip and hash_seed(self.seed, step, position, "flip") % 2:
-                frames = mirror(frames)
-            clips.append(frames)
+            if self.flip and clip.frames is not None and hash_seed(self.seed, step, position, "flip") % 2:
+                clip = replace(clip, frames=mirror(clip.frames))
+            clips.append(clip)
             keys.append(self.reader.index.key(sample))
             choices = clip.captions or [""]
             captions.append(choices[hash_seed(self.seed, step, position, "caption") % len(choices)])
-            labels.append(clip.label)
-        return ClipBatch(
-            video=torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3),
+        return collate(
+            clips,
+            micro.shape,
             keys=keys,
             captions=captions,
-            labels=torch.tensor(labels),
             positions=torch.from_numpy(positions),
             step=step,
             bad=bad,
@@ -205,6 +248,7 @@ class ClipLoader:
         workers: decoding processes. cache_bytes: memory of decoded clips in each.
         pin: pinned memory, for a device that copies from it.
         decoder: as for `video.decode_clip`.
+        latents: of the index's clips; those that have none are decoded.
 
     Raises:
         UserError: a batch cannot be divided so, or the rows do not fit the data.
@@ -228,11 +272,12 @@ class ClipLoader:
         decoder: str = "pyav",
         weights: Sequence[float] | None = None,
         image_ratio: float | None = None,
+        latents: Joined | None = None,
     ) -> None:
         buckets = open_buckets(index, rows, fps)
         for bucket in buckets:
             rank_positions(bucket.batch, rank=rank, world_size=world_size, accumulation=accumulation)
-        self.index = index
+        self.index, self.latents = index, latents
         self.order = Order(
             buckets,
             seed=seed,
@@ -243,8 +288,15 @@ class ClipLoader:
         )
         self.accumulation = accumulation
         self._workers, self._pin = workers, pin
-        reader = ClipReader(index, fps=fps, cache_bytes=cache_bytes, decoder=decoder)
+        reader = ClipReader(index, fps=fps, cache_bytes=cache_bytes, decoder=decoder, latents=latents)
         self._dataset = _MicroBatches(reader, self.order, seed, flip, (rank, world_size, accumulation))
+
+    def cached(self) -> tuple[int, int]:
+        """(samples in buckets that have a latent of their bucket's size, samples in buckets)."""
+        found = 0 if self.latents is None else sum(
+            self.latents.count(bucket.samples, bucket.shape) for bucket in self.order.buckets
+        )
+        return found, sum(self.order.set_samples)
 
     def steps(self, start: int, stop: int) -> Iterator[list[ClipBatch]]:
         """Batches of the steps start, ..., stop - 1; each is a list with one micro-batch per accumulation pass."""

@@ -23,6 +23,7 @@ from sora_lite.config import BaseTrainConfig, DataConfig
 from sora_lite.data.buckets import rows_from
 from sora_lite.data.compiled import open_buckets, open_index
 from sora_lite.data.index import Index
+from sora_lite.data.joined import Joined, open_join
 from sora_lite.data.loader import BadSample, ClipBatch, ClipLoader
 from sora_lite.errors import UserError
 from sora_lite.parallel.apply import apply_activation_checkpointing
@@ -79,16 +80,29 @@ class Trainer:
         self.folder = Path(config.run.root) / config.run.name
         self.checkpoints = self.folder / "checkpoints"
         index = load_split(config.data, "train", rank)
-        self.loader = make_loader(config, index, objective, rank)
+        latents = load_latents(config.data, index, "train", objective, rank)
+        self.loader = make_loader(config, index, objective, rank, latents)
         bucket = self.loader.order.buckets[0]
         micro = bucket.batch // rank.world_size // config.parallel.accumulation
 
-        def held_out(index: Index, count: int) -> HeldOut:
-            return HeldOut(index, count=count, shape=bucket.shape, fps=config.data.fps, rank=rank, batch=micro)
+        def held_out(index: Index, count: int, latents: Joined | None) -> HeldOut:
+            return HeldOut(
+                index,
+                count=count,
+                shape=bucket.shape,
+                fps=config.data.fps,
+                rank=rank,
+                batch=micro,
+                latents=latents,
+            )
 
         validation = load_split(config.data, "validation", rank, required=False)
-        self.validation = held_out(validation, config.run.validation_samples)
-        self.statistics = held_out(index, STATISTICS_SAMPLES)
+        self.validation = held_out(
+            validation,
+            config.run.validation_samples,
+            load_latents(config.data, validation, "validation", objective, rank),
+        )
+        self.statistics = held_out(index, STATISTICS_SAMPLES, latents)
         if config.parallel.activation_checkpointing:
             apply_activation_checkpointing(objective.module)
         self.engine = Engine(
@@ -163,7 +177,9 @@ class Trainer:
                 means.add(name, value, weight)
         bad: list[BadSample] = [one for batch in batches for one in batch.bad]
         for batch in batches:
-            shape = tuple(batch.video.shape[2:])
+            shape = batch.shape
+            if self.loader.latents is not None:
+                means.add("from_latents", batch.is_latent.double().mean(), len(batch.keys))
             clips = len(batch.keys) * self.rank.world_size
             self.seen += clips
             clock.clips += clips
@@ -239,6 +255,7 @@ class Trainer:
                 "sha256": self.loader.order.fingerprint(),
                 "fps": self.config.data.fps,
                 "flip": self.config.data.flip,
+                "latents": self.loader.latents.fingerprint() if self.loader.latents is not None else None,
                 **self.loader.order.settings(),
             },
             "data": self.loader.index.fingerprint(),
@@ -361,7 +378,28 @@ def load_split(data: DataConfig, split: str, rank: Rank, *, required: bool = Tru
     return index
 
 
-def make_loader(config: BaseTrainConfig, index: Index, objective: Objective, rank: Rank) -> ClipLoader:
+def load_latents(
+    data: DataConfig, index: Index, split: str, objective: Objective, rank: Rank
+) -> Joined | None:
+    """The latents of an index, if there are any. All ranks call it."""
+    folders = [Path(folder) if folder else None for folder in data.latent_folders]
+    expected = {"fingerprint": objective.state().get("vae_fingerprint"), "fps": data.fps}
+    return rank.main_first(
+        lambda: open_join(
+            index,
+            folders,
+            split,
+            content="latents",
+            expected=expected,
+            cache=Path(data.cache) if data.cache else None,
+            check=rank.is_main,
+        )
+    )
+
+
+def make_loader(
+    config: BaseTrainConfig, index: Index, objective: Objective, rank: Rank, latents: Joined | None = None
+) -> ClipLoader:
     """The loader of the configured data for this rank. All ranks call it."""
     data = config.data
     rules = [((rule.resolution[0], rule.resolution[1]), rule.frames, rule.keep, rule.batch) for rule in data.buckets]
@@ -383,4 +421,5 @@ def make_loader(config: BaseTrainConfig, index: Index, objective: Objective, ran
         pin=torch.device(rank.device).type == "cuda",
         weights=[row.weight for row in data.sets if row.weight is not None] or None,
         image_ratio=data.image_ratio,
+        latents=latents,
     )

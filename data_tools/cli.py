@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.config import DataConfig, help_text, parse
+from data_tools.encode import EncodeConfig
 from sora_lite.cli import run_verb
 from sora_lite.errors import UserError
 
@@ -64,6 +65,11 @@ VERBS = {
         words=["SHARDS"],
         settings=VerifyConfig,
     ),
+    "encode": Verb(
+        line="encode every clip once with a frozen VAE: latents for training, in shards of their own",
+        words=["SHARDS", "OUT"],
+        settings=EncodeConfig,
+    ),
     "quarantine": Verb(line="list what could not be used, or let it be tried again", words=["list|retry", "SHARDS"]),
     "remove": Verb(
         line="take clips (by key) or sources (16 digits) down: readers leave them out from now on",
@@ -97,6 +103,10 @@ def _call(verb: str, words: list[str], rest: list[str]) -> None:
             from data_tools.verify import verify
 
             verify(last, settings.workers)
+        case "encode":
+            from data_tools.encode import encode
+
+            encode(Path(words[0]), last, settings)
         case "quarantine":
             from data_tools import quarantine
             from data_tools.job import Job

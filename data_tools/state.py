@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from data_tools.config import DataConfig, Executor, digest, plain
+from data_tools.config import DataConfig, Executor, WorkConfig, digest, plain
 from data_tools.pool import Function, Outcome, Rows, Task, run_tasks
 from sora_lite.data.shards import replace_file
 from sora_lite.errors import UserError
@@ -105,7 +105,7 @@ def rows_of(outcome: Outcome, unit: Unit) -> Rows:
     return [{"reason": "", **row} for row in outcome.rows]
 
 
-def complete(table: Table, stage: str, function: Function, units: list[Unit], config: DataConfig, what: str) -> None:
+def complete(table: Table, stage: str, function: Function, units: list[Unit], config: WorkConfig, what: str) -> None:
     """Do the work of all keys that have no row in the table yet. what: the word for a key, under the bar.
 
     Raises UserError if somebody has to mend something before it can be done.
@@ -128,7 +128,7 @@ def work(
     table: Table,
     function: Function,
     units: list[Unit],
-    config: DataConfig,
+    config: WorkConfig,
     progress: Callable[[int], object],
     stopped: Callable[[], bool] = lambda: False,
 ) -> None:
@@ -151,7 +151,7 @@ def work(
 
 
 def outcomes(
-    function: Function, units: list[Unit], config: DataConfig, stopped: Callable[[], bool] = lambda: False
+    function: Function, units: list[Unit], config: WorkConfig, stopped: Callable[[], bool] = lambda: False
 ) -> Iterator[tuple[Unit, Outcome]]:
     """Units with what became of them, as they finish, in processes of this machine."""
 

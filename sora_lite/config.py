@@ -140,8 +140,7 @@ class DataConfig:
     sets: list[SetRule] = field(default_factory=list)
     """Several data sets that are mixed, instead of `data.shards`."""
     latents: str | None = None
-    """Latents of `data.shards`, as `sora-data encode` writes them; clips without one are decoded. A latent is of a clip's
-    beginning, not mirrored."""
+    """Latents of `data.shards` (each of a clip's beginning), as `sora-data encode` writes them. Others are decoded."""
     image_ratio: float | None = None
     """Part of the samples that are stills (buckets of 1 frame), in (0, 1); null: as they come. Weights hold in both."""
     cache: str | None = None

@@ -68,7 +68,9 @@ def describe(config: BaseTrainConfig, loader: ClipLoader) -> list[str]:
     if left := len(loader.index) - sum(len(bucket.samples) for bucket in buckets):
         lines.append(f"left out, as too short for every bucket at data.fps: {left:,} samples")
     if loader.latents is not None:
-        lines.append("come as latents: {:,} of {:,} samples in buckets; the others are decoded".format(*loader.cached()))
+        lines.append(
+            "come as latents: {:,} of {:,} samples in buckets; the others are decoded".format(*loader.cached())
+        )
     return lines
 
 

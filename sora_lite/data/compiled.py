@@ -27,7 +27,17 @@ from typing import Any
 import numpy as np
 
 from sora_lite.data.buckets import Bucket, Row, assign, choose, frames_at, refuse_empty
-from sora_lite.data.index import BY_KEY, COLUMNS, Index, Origin, check_shard, entries_of, load_manifest, read_parts, require_content
+from sora_lite.data.index import (
+    BY_KEY,
+    COLUMNS,
+    Index,
+    Origin,
+    check_shard,
+    entries_of,
+    load_manifest,
+    read_parts,
+    require_content,
+)
 from sora_lite.data.shards import MANIFEST, Manifest, flush, flush_folder, replace_file, to_json
 from sora_lite.errors import UserError
 

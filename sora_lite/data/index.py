@@ -116,9 +116,7 @@ class Index:
         return cls.of(folders, [load_manifest(folder) for folder in folders], split, content=content)
 
     @classmethod
-    def of(
-        cls, folders: Sequence[Path], manifests: Sequence[Manifest], split: str, *, content: str = "clips"
-    ) -> Self:
+    def of(cls, folders: Sequence[Path], manifests: Sequence[Manifest], split: str, *, content: str = "clips") -> Self:
         """As `load`, of what these manifests list."""
         origins = [Origin.of(manifest) for manifest in manifests]
         require_content(folders, origins, content)

@@ -77,27 +77,34 @@ class ClipBatch:
 
     def pin_memory(self) -> "ClipBatch":
         """Called by torch's DataLoader."""
-        tensors = {"video": self.video, "mean": self.mean, "logvar": self.logvar}
-        return replace(self, **{name: one.pin_memory() for name, one in tensors.items() if one is not None})
+        mean, logvar = (one if one is None else one.pin_memory() for one in (self.mean, self.logvar))
+        return replace(self, video=self.video.pin_memory(), mean=mean, logvar=logvar)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Clip:
-    """A sample, decoded or as a latent, and what its JSON says of it. frames: uint8 T H W 3."""
+    """A sample, decoded or as a latent, and what its JSON says of it. pixels: uint8 T H W 3, None of a latent."""
 
-    frames: np.ndarray | None = None
+    pixels: np.ndarray | None = None
     latent: Latent | None = None
     captions: list[str]
     label: int
 
     def __post_init__(self) -> None:
-        if (self.frames is None) == (self.latent is None):
-            raise ValueError("a clip has either frames or a latent")
+        if (self.pixels is None) == (self.latent is None):
+            raise ValueError("a clip has either pixels or a latent")
+
+    @property
+    def frames(self) -> np.ndarray:
+        """uint8 T H W 3, of a clip that was decoded."""
+        if self.pixels is None:
+            raise ValueError("a latent has no frames")
+        return self.pixels
 
 
 def collate(clips: Sequence[Clip], shape: tuple[int, int, int], **rest: Any) -> ClipBatch:
     """Clips of one (T, H, W) as a batch, with the fields of `ClipBatch` that the clips do not say."""
-    frames = [clip.frames for clip in clips if clip.frames is not None]
+    frames = [clip.pixels for clip in clips if clip.pixels is not None]
     latents = [clip.latent for clip in clips if clip.latent is not None]
     video = np.stack(frames) if frames else np.empty((0, *shape, 3), np.uint8)
     return ClipBatch(
@@ -156,13 +163,13 @@ class ClipReader:
         media = self._members.media(sample)
         decoded = decode_clip(media, frames=shape[0], fps=self.fps, start_frame_offset=start, decoder=self._decoder)
         frames = resize_crop(decoded, shape[1:])
-        clip = Clip(frames=frames, captions=captions, label=label)
+        clip = Clip(pixels=frames, captions=captions, label=label)
         if frames.nbytes <= self._cache_bytes:
             self._cache[key] = clip
             self._cached += frames.nbytes
             while self._cached > self._cache_bytes:
                 _, oldest = self._cache.popitem(last=False)
-                self._cached -= 0 if oldest.frames is None else oldest.frames.nbytes
+                self._cached -= oldest.frames.nbytes
         return clip
 
     def meta(self, sample: int) -> dict:
@@ -200,8 +207,8 @@ class _MicroBatches(Dataset[ClipBatch | str]):
         clips, keys, captions = [], [], []
         for position in positions:
             sample, clip = self._read(micro, step, int(position), bad)
-            if self.flip and clip.frames is not None and hash_seed(self.seed, step, position, "flip") % 2:
-                clip = replace(clip, frames=mirror(clip.frames))
+            if self.flip and clip.pixels is not None and hash_seed(self.seed, step, position, "flip") % 2:
+                clip = replace(clip, pixels=mirror(clip.pixels))
             clips.append(clip)
             keys.append(self.reader.index.key(sample))
             choices = clip.captions or [""]
@@ -293,8 +300,10 @@ class ClipLoader:
 
     def cached(self) -> tuple[int, int]:
         """(samples in buckets that have a latent of their bucket's size, samples in buckets)."""
-        found = 0 if self.latents is None else sum(
-            self.latents.count(bucket.samples, bucket.shape) for bucket in self.order.buckets
+        found = (
+            0
+            if self.latents is None
+            else sum(self.latents.count(bucket.samples, bucket.shape) for bucket in self.order.buckets)
         )
         return found, sum(self.order.set_samples)
 

@@ -32,7 +32,7 @@ MANIFEST = "manifest.json"
 MEDIA = ("mp4", "png", "jpg", "webp")
 """Extensions that the media member of a clip or still may have."""
 ENCODED = {"latents": "latent.safetensors", "text": "text.safetensors"}
-"""What else a data set may hold (`Manifest.content`): what was made of clips, which it joins by key; and its extension."""
+"""What was made of clips and joins them by key (`Manifest.content`), and its extension."""
 
 INDEX_SCHEMA = pa.schema(
     [

@@ -120,7 +120,7 @@ class HeldOut:
             shard = index.shard_paths[int(index.shard[sample])].name
             tqdm.write(f"{shard}: sample {index.key(sample)} does not count in validation or statistics: {error}")
             self._weights[place] = 0
-            return Clip(frames=np.zeros((*self.shape, 3), np.uint8), captions=[], label=-1)
+            return Clip(pixels=np.zeros((*self.shape, 3), np.uint8), captions=[], label=-1)
 
     def batches(self) -> list[tuple[ClipBatch, np.ndarray]]:
         """(clips with their first captions and, as positions, their places in the whole set; weights B) per batch."""

@@ -378,9 +378,7 @@ def load_split(data: DataConfig, split: str, rank: Rank, *, required: bool = Tru
     return index
 
 
-def load_latents(
-    data: DataConfig, index: Index, split: str, objective: Objective, rank: Rank
-) -> Joined | None:
+def load_latents(data: DataConfig, index: Index, split: str, objective: Objective, rank: Rank) -> Joined | None:
     """The latents of an index, if there are any. All ranks call it."""
     folders = [Path(folder) if folder else None for folder in data.latent_folders]
     expected = {"fingerprint": objective.state().get("vae_fingerprint"), "fps": data.fps}

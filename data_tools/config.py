@@ -229,6 +229,11 @@ class WorkConfig:
     """Memory in MiB that a worker may take beyond what it starts with."""
     slurm: ArrayConfig = field(default_factory=ArrayConfig)
 
+    @property
+    def costly_units(self) -> bool:
+        """Whether a unit takes so long that each is written down at once."""
+        return False
+
     def check_work(self) -> None:
         """Raise UserError for a value that cannot be."""
         rules: list[tuple[bool, str, str]] = [

@@ -86,6 +86,10 @@ class EncodeConfig(WorkConfig):
             if not holds:
                 raise UserError(f"{key}: {rule}.")
 
+    @property
+    def costly_units(self) -> bool:
+        return True
+
     def rows(self) -> list[Row]:
         """The bucket table."""
         return [

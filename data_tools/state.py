@@ -136,6 +136,7 @@ def work(
 
     stopped: asked before each unit; once it says so no further unit begins.
     """
+    seconds, share = (0.0, 0.0) if config.costly_units else (2.0, 0.05)
     buffer: Rows = []
     begun = written = time.monotonic()
     try:
@@ -143,7 +144,7 @@ def work(
             buffer += rows_of(outcome, unit)
             progress(len(unit.keys))
             # at most a twentieth of the work is lost to a kill, and the number of parts grows with the logarithm
-            if time.monotonic() - written > max(2.0, 0.05 * (written - begun)):
+            if time.monotonic() - written > max(seconds, share * (written - begun)):
                 table.append(buffer)
                 buffer, written = [], time.monotonic()
     finally:

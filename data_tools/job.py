@@ -219,7 +219,7 @@ class Job:
             for split_name in manifest.splits:
                 index = Index.load(self.folder, split_name)
                 for number, path in enumerate(index.shard_paths):
-                    with ShardReader(path) as reader:
+                    with index.open_shard(number) as reader:
                         for i in (index.shard == number).nonzero()[0]:
                             meta = self._meta(reader, index, int(i))
                             try:

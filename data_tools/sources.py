@@ -30,8 +30,9 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_tools import web
 from data_tools.pool import beat
+from sora_lite.data import web
+from sora_lite.data.remote import check_protocol
 from sora_lite.data.video import BadVideo
 from sora_lite.errors import UserError
 
@@ -67,14 +68,6 @@ SOURCES_SCHEMA = pa.schema(
 _LOCAL = ("file", "local")
 _ELSEWHERE = ("http", "https", "s3", "s3a", "gs", "gcs", "hf", "az", "abfs", "abfss", "adl", "oci", "oss")
 """Protocols that a list which itself comes from elsewhere may name: none of them reads this machine's files."""
-_PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "az": "adlfs"} | {
-    "abfs": "adlfs",
-    "abfss": "adlfs",
-    "http": "aiohttp",
-    "https": "aiohttp",
-    "sftp": "paramiko",
-    "ssh": "paramiko",
-}
 _KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"} | {
     stat.S_IFDIR: "a folder"
 }
@@ -269,7 +262,7 @@ def _in_list(where: str) -> list[Source]:
     rows = _rows(where, lambda name: _located(name, folder), FILE_COLUMNS)
     remote = [location for location in rows if is_url(location)]
     for protocol in {location.partition("://")[0] for location in remote if not _is_http(location)}:
-        _require(protocol, where)
+        check_protocol(protocol, _public(where))
     seen = dict(zip(remote, _side_by_side(_version, remote), strict=True))
     return [
         Source(location=location, name=_name_of(location, folder), row=row, seen=seen.get(location, ""))
@@ -604,19 +597,8 @@ def _is_http(url: str) -> bool:
 
 def _filesystem(url: str) -> tuple[Any, str]:
     """fsspec's file system for a URL, and the path in it."""
-    _require(url.partition("://")[0], url)
+    check_protocol(url.partition("://")[0], _public(url))
     return fsspec.core.url_to_fs(url)
-
-
-def _require(protocol: str, where: str) -> None:
-    """Raise UserError unless fsspec can speak a protocol."""
-    try:
-        fsspec.get_filesystem_class(protocol)
-    except ImportError:
-        package = _PACKAGES.get(protocol, f"what fsspec needs for {protocol}")
-        raise UserError(f"{_public(where)}: {protocol}:// needs another package; pip install {package}.") from None
-    except ValueError:
-        raise UserError(f"{_public(where)}: {protocol}:// is no protocol that fsspec knows; mend the URL.") from None
 
 
 @contextmanager

@@ -91,6 +91,8 @@ class RunConfig:
     """Seed of initial weights, data order and every draw in training."""
     steps: int = 10_000
     """Length of the whole run."""
+    accept: list[str] = field(default_factory=list)
+    """Settings that may differ from those of the checkpoint that the run goes on from, such as [data.sets.weight]."""
     log_every: int = 10
     """A line of metrics every so many steps."""
     save_every: int = 500
@@ -175,6 +177,11 @@ class DataConfig:
     def latent_folders(self) -> list[str | None]:
         """Folders of latents, one for each data set; None where there are none."""
         return [self.latents] if self.shards is not None else [one.latents for one in self.sets]
+
+    @property
+    def latents_key(self) -> str:
+        """The key under which latents are given."""
+        return "data.latents" if self.shards is not None else "data.sets.latents"
 
     def key_of(self, data_set: int) -> str:
         """The key under which the folder of a data set is given."""

@@ -27,7 +27,7 @@ def export(run: Path, out: Path | None, weights: str) -> Path:
         raise UserError(f"{run}: holds no checkpoint yet; train it first, or check the path")
     tensors, state = checkpoint.read_full(path, weights)
     extra: dict[str, Any] = state["extra"]
-    kind, objective = extra["must_agree"]["kind"], extra["must_agree"]["objective"]
+    kind, objective = extra["facts"]["kind"], extra["objective"]
     out = out or run / "export"
     contract: dict[str, Any] = {
         "kind": kind,
@@ -39,9 +39,10 @@ def export(run: Path, out: Path | None, weights: str) -> Path:
     }
     if kind == "vae":
         if not extra["finished"]:
+            steps = extra["facts"]["config"]["run"]["steps"]
             raise UserError(
-                f"{run}: is at step {state['step']} of {extra['config']['run']['steps']}, and the statistics of its "
-                "latents are measured at the end; let `sora-lite train-vae` finish, or lower run.steps and repeat it"
+                f"{run}: is at step {state['step']} of {steps}, and the statistics of its latents are "
+                "measured at the end; let `sora-lite train-vae` finish, or lower run.steps and repeat it"
             )
         vae = CausalVAE(**objective["vae"])
         vae.load_state_dict(tensors)
@@ -54,7 +55,7 @@ def export(run: Path, out: Path | None, weights: str) -> Path:
         contract |= {
             "architecture": objective["model"],
             "vae_fingerprint": objective["vae_fingerprint"],
-            "shift": extra["config"]["diffusion"]["shift"],
+            "shift": extra["facts"]["config"]["diffusion"]["shift"],
         }
     exports.write(out, exports.Contract(**contract), tensors)
     return out

@@ -38,6 +38,8 @@ from sora_lite.data.index import (
     read_parts,
     require_content,
 )
+from sora_lite.data.remote import Location, Url
+from sora_lite.data.shard_cache import ShardCache, default_cache
 from sora_lite.data.shards import MANIFEST, Manifest, flush, flush_folder, replace_file, to_json
 from sora_lite.errors import UserError
 
@@ -52,20 +54,30 @@ ABANDONED_SECONDS = 6 * 3600
 
 
 def open_index(
-    folders: Sequence[Path], split: str, *, cache: Path | None = None, check: bool = True, content: str = "clips"
+    folders: Sequence[Location],
+    split: str,
+    *,
+    cache: Path | None = None,
+    shard_cache: ShardCache | None = None,
+    check: bool = True,
+    content: str = "clips",
 ) -> Index:
     """Map the index of one split of data sets, numbered through; compile it first where that was not done yet.
 
     Args:
         folders: the data sets.
-        cache: folder for what is compiled; by default `.cache` in the first data set's folder.
+        cache: folder for what is compiled; by default `.cache` in the first data set's folder, or, if that is remote,
+            the shard cache.
+        shard_cache: where remote shards are kept; None for a default.
         check: whether to look that every shard is there with its size. One process of a job is enough.
         content: what the data sets must hold: clips, latents or text.
 
     Raises:
         UserError: as `Index.load`, or the cache cannot be written.
     """
-    cache = cache or folders[0] / ".cache"
+    if cache is None:
+        first = folders[0]
+        cache = first / ".cache" if isinstance(first, Path) else (shard_cache or default_cache()).folder / "index"
     folder = cache / _index_name([_manifest_hash(folder) for folder in folders], split)
     if not folder.is_dir():
         folder = _compile_index(folders, split, cache)
@@ -81,11 +93,13 @@ def open_index(
     return Index(
         shard_paths=paths,
         shard_sha256=meta["sha256"],
+        shard_bytes=meta["bytes"],
         set_shards=set_shards,
         counts=meta["counts"],
         origins=origins,
         removed=meta["removed"],
         folder=folder,
+        shard_cache=shard_cache,
         **{name: map_column(folder / f"{name}.npy") for name in ["by_key", *COLUMNS]},
     )
 
@@ -118,8 +132,10 @@ def open_buckets(index: Index, rows: Sequence[Row], fps: float | None) -> list[B
 # ------------------------------------------------------------------------------------------------------ compiling
 
 
-def _manifest_hash(folder: Path) -> str:
-    """SHA-256 of a manifest as it lies there; what it says is only read when something is compiled from it."""
+def _manifest_hash(folder: Location) -> str:
+    """SHA-256 of a manifest as it lies there; of a path, what it says is only read when something is compiled."""
+    if isinstance(folder, Url):
+        return hashlib.sha256(Manifest.load(folder).to_bytes()).hexdigest()
     path = folder / MANIFEST
     if not path.is_file():
         Manifest.load(folder)  # says what is wrong
@@ -131,7 +147,7 @@ def _index_name(manifest_hashes: Sequence[str], split: str) -> str:
     return f"index-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
-def _compile_index(folders: Sequence[Path], split: str, cache: Path) -> Path:
+def _compile_index(folders: Sequence[Location], split: str, cache: Path) -> Path:
     """Write the columns of an index -> its folder, named by the manifests as they were when they were read."""
     manifests = [load_manifest(folder) for folder in folders]
     hashes = [hashlib.sha256(manifest.to_bytes()).hexdigest() for manifest in manifests]
@@ -140,7 +156,7 @@ def _compile_index(folders: Sequence[Path], split: str, cache: Path) -> Path:
     return folder
 
 
-def _write_index(partial: Path, folders: Sequence[Path], manifests: Sequence[Manifest], split: str) -> None:
+def _write_index(partial: Path, folders: Sequence[Location], manifests: Sequence[Manifest], split: str) -> None:
     writers = {name: ColumnWriter(partial / f"{name}.npy", kind) for name, kind in COLUMNS.items()}
     removed: list[str] = []
     first_keys, by_key, samples = np.empty(0, "S1"), np.empty(0, np.int64), 0

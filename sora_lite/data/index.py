@@ -1,6 +1,7 @@
 """All samples of one split of one or several data sets as columns: what the order and the buckets are computed from."""
 
 import hashlib
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
@@ -12,7 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sora_lite.data.shards import ENCODED, INDEX_SCHEMA, MEDIA, Manifest, ShardEntry
+from sora_lite.data.remote import Location, ReadCounts, Url, read_file
+from sora_lite.data.shard_cache import ShardCache, default_cache
+from sora_lite.data.shards import ENCODED, INDEX_SCHEMA, MEDIA, Manifest, ShardEntry, ShardReader
 from sora_lite.errors import UserError
 
 BY_KEY = 65_536
@@ -48,8 +51,9 @@ class Index:
     Every column is (N,). It may be mapped from a file: read it, never write it.
     """
 
-    shard_paths: list[Path]
+    shard_paths: list[Location]
     shard_sha256: list[str]
+    shard_bytes: list[int]
     set_shards: list[int]
     """Number of shards of each data set, which follow one another in `shard_paths`."""
     counts: list[dict[str, int]]
@@ -90,6 +94,8 @@ class Index:
     """float64: frames per second."""
     folder: Path | None = None
     """Where the columns are mapped from; None in memory."""
+    shard_cache: ShardCache | None = None
+    """Where remote shards are kept; None for a default."""
 
     def __post_init__(self) -> None:
         shape = self.keys.shape
@@ -97,14 +103,14 @@ class Index:
             column = getattr(self, item.name)
             if item.name in COLUMNS and (column.ndim != 1 or column.shape != shape):
                 raise ValueError(f"{item.name} has shape {column.shape}, keys has {shape}")
-        if not len(self.shard_paths) == len(self.shard_sha256) == sum(self.set_shards):
-            raise ValueError("shard_paths, shard_sha256 and set_shards differ in length")
+        if not len(self.shard_paths) == len(self.shard_sha256) == len(self.shard_bytes) == sum(self.set_shards):
+            raise ValueError("shard_paths, shard_sha256, shard_bytes and set_shards differ in length")
 
     def __len__(self) -> int:
         return len(self.keys)
 
     @classmethod
-    def load(cls, folders: Path | Sequence[Path], split: str, *, content: str = "clips") -> Self:
+    def load(cls, folders: Location | Sequence[Location], split: str, *, content: str = "clips") -> Self:
         """Read one split ("train" or "validation") into memory; one that holds nothing gives an empty index.
 
         folders: one data set, or several, whose samples are numbered through.
@@ -112,11 +118,13 @@ class Index:
         Raises UserError, with the file and the cure, if the manifest, a shard or an index is missing, if one is not
         as the manifest says, or if packing has not finished.
         """
-        folders = [folders] if isinstance(folders, Path) else list(folders)
+        folders = [folders] if isinstance(folders, Location) else list(folders)
         return cls.of(folders, [load_manifest(folder) for folder in folders], split, content=content)
 
     @classmethod
-    def of(cls, folders: Sequence[Path], manifests: Sequence[Manifest], split: str, *, content: str = "clips") -> Self:
+    def of(
+        cls, folders: Sequence[Location], manifests: Sequence[Manifest], split: str, *, content: str = "clips"
+    ) -> Self:
         """As `load`, of what these manifests list."""
         origins = [Origin.of(manifest) for manifest in manifests]
         require_content(folders, origins, content)
@@ -130,14 +138,22 @@ class Index:
         return cls(
             shard_paths=[folder / one.path for folder, some in zip(folders, entries, strict=True) for one in some],
             shard_sha256=[one.sha256 for some in entries for one in some],
+            shard_bytes=[one.bytes for some in entries for one in some],
             set_shards=[len(some) for some in entries],
             counts=[manifest.counts for manifest in manifests],
             origins=origins,
             removed=removed,
-            folder=None,
             by_key=np.argsort(columns["keys"], kind="stable")[:BY_KEY],
-            **columns,
+            **columns,  # type: ignore[arg-type]
         )
+
+    def open_shard(self, number: int, counts: ReadCounts | None = None) -> ShardReader:
+        """A reader of shard `number`, wherever it lies. Raises UserError if it cannot be had."""
+        path = self.shard_paths[number]
+        if isinstance(path, Path):
+            return ShardReader(path, counts=counts)
+        cache = self.shard_cache or default_cache()
+        return cache.open(path, self.shard_sha256[number], self.shard_bytes[number], counts or ReadCounts())
 
     def key(self, sample: int) -> str:
         """The key of a sample."""
@@ -153,7 +169,7 @@ class Index:
         return hashlib.sha256("\n".join([*self.shard_sha256, *self.removed]).encode()).hexdigest()
 
 
-def require_content(folders: Sequence[Path], origins: Sequence[Origin], content: str) -> None:
+def require_content(folders: Sequence[Location], origins: Sequence[Origin], content: str) -> None:
     """Raise UserError unless all these data sets hold `content`."""
     for folder, origin in zip(folders, origins, strict=True):
         if origin.content != content:
@@ -161,7 +177,32 @@ def require_content(folders: Sequence[Path], origins: Sequence[Origin], content:
             raise UserError(f"{folder}: holds {origin.content}, not {content}; give it as data.{setting}.")
 
 
-def load_manifest(folder: Path) -> Manifest:
+class OpenShards:
+    """Readers of an index's shards, of which the `limit` last used stay open: a data set may have 10^5 of them."""
+
+    def __init__(self, index: Index, limit: int = 16) -> None:
+        self.index, self.limit = index, limit
+        self.counts = ReadCounts()
+        """What reading through them cost."""
+        self._open: OrderedDict[int, ShardReader] = OrderedDict()
+
+    def __getitem__(self, number: int) -> ShardReader:
+        """The reader of a shard, for use at once. Raises UserError if the shard cannot be had."""
+        if number in self._open:
+            self._open.move_to_end(number)
+            return self._open[number]
+        while len(self._open) >= self.limit:
+            self._open.popitem(last=False)[1].close()
+        self._open[number] = self.index.open_shard(number, self.counts)
+        return self._open[number]
+
+    def close(self) -> None:
+        """Close all."""
+        while self._open:
+            self._open.popitem()[1].close()
+
+
+def load_manifest(folder: Location) -> Manifest:
     """The manifest of a data set that can be read. Raises UserError if its first packing has not finished."""
     manifest = Manifest.load(folder)
     if manifest.pending and not manifest.shards:
@@ -175,7 +216,7 @@ def entries_of(manifest: Manifest, split: str) -> list[ShardEntry]:
 
 
 def read_parts(
-    folders: Sequence[Path], manifests: Sequence[Manifest], split: str
+    folders: Sequence[Location], manifests: Sequence[Manifest], split: str
 ) -> Iterator[tuple[dict[str, np.ndarray], list[str]]]:
     """Columns of one split of data sets, in pieces of some shards each, and the keys that were left out of each.
 
@@ -201,15 +242,21 @@ def read_parts(
             first += len(entries)
 
 
-def read_index(folder: Path, entry: ShardEntry) -> pa.Table:
-    """One shard's table, after a check that both files are those of the manifest (the tar by its size alone)."""
+def read_index(folder: Location, entry: ShardEntry) -> pa.Table:
+    """One shard's table, after a check that both files are those of the manifest (a tar by its size alone)."""
     check_shard(folder / entry.path, entry.bytes)
     path = folder / entry.index
-    if not path.is_file():
-        raise UserError(f"{path}: named in the manifest but missing; {_CURE}.")
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != entry.index_sha256:
-        raise UserError(f"{path}: is not as it was written (SHA-256 differs); {_CURE}.")
+    changed = f"is not as it was written (SHA-256 differs); {_CURE}."
+
+    def check(content: bytes) -> str:
+        return "" if hashlib.sha256(content).hexdigest() == entry.index_sha256 else changed
+
+    try:
+        content = read_file(path, check)
+    except FileNotFoundError:
+        raise UserError(f"{path}: named in the manifest but missing; {_CURE}.") from None
+    if fault := check(content):
+        raise UserError(f"{path}: {fault}")
     try:
         table = pq.read_table(pa.BufferReader(content), schema=INDEX_SCHEMA, use_threads=False)
     except (pa.ArrowException, OSError) as error:
@@ -221,8 +268,10 @@ def read_index(folder: Path, entry: ShardEntry) -> pa.Table:
     return table
 
 
-def check_shard(path: Path, size: int) -> None:
-    """Raise UserError unless the shard is there with its size in bytes."""
+def check_shard(path: Location, size: int) -> None:
+    """Raise UserError unless the shard is there with its size in bytes; a remote one is verified when it is fetched."""
+    if isinstance(path, Url):
+        return
     try:
         found = path.stat().st_size
     except FileNotFoundError:

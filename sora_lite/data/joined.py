@@ -15,8 +15,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from sora_lite.data.compiled import CHUNK, FORMAT, ColumnWriter, build, map_column, open_index
-from sora_lite.data.index import Index
-from sora_lite.data.shards import ENCODED, DamagedSample, Sample, ShardReader, clip_digits
+from sora_lite.data.index import Index, OpenShards
+from sora_lite.data.remote import Location
+from sora_lite.data.shards import ENCODED, DamagedSample, Sample, clip_digits
 from sora_lite.errors import UserError
 
 
@@ -41,20 +42,19 @@ class Members:
     """Reads the members of the samples of an index by offset. Forked processes may share it."""
 
     def __init__(self, index: Index) -> None:
-        self.index = index
-        self._shards: dict[int, ShardReader] = {}
+        self.index, self.shards = index, OpenShards(index)
 
     def media(self, sample: int) -> bytes:
         """The clip, still, latent or text. Raises DamagedSample unless it is as the index says."""
         index = self.index
         place = int(index.media_offset[sample]), int(index.media_size[sample]), int(index.crc32c[sample])
-        return self._shard(sample).read(*place)
+        return self.shards[int(index.shard[sample])].read(*place)
 
     def meta(self, sample: int) -> dict[str, Any]:
         """The sample's JSON. Raises DamagedSample unless it is as the index says."""
         index = self.index
         place = int(index.json_offset[sample]), int(index.json_size[sample]), int(index.json_crc32c[sample])
-        return self._shard(sample).read_json(*place)
+        return self.shards[int(index.shard[sample])].read_json(*place)
 
     def tensors(self, sample: int) -> dict[str, np.ndarray]:
         """The tensors of a latent or text. Raises DamagedSample unless it is safetensors."""
@@ -62,12 +62,6 @@ class Members:
             return load(self.media(sample))
         except (SafetensorError, KeyError) as error:
             raise DamagedSample(f"{self.index.key(sample)}: is no safetensors ({error})") from None
-
-    def _shard(self, sample: int) -> ShardReader:
-        number = int(self.index.shard[sample])
-        if number not in self._shards:
-            self._shards[number] = ShardReader(self.index.shard_paths[number])
-        return self._shards[number]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -137,7 +131,7 @@ def latent_sample(
 
 def open_join(
     index: Index,
-    folders: Sequence[Path | None],
+    folders: Sequence[Location | None],
     split: str,
     *,
     content: str,

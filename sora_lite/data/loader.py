@@ -20,7 +20,7 @@ from sora_lite.data.buckets import Row, spare_frames
 from sora_lite.data.compiled import open_buckets
 from sora_lite.data.index import Index
 from sora_lite.data.joined import Joined, Latent, LatentReader, Members
-from sora_lite.data.order import MicroStep, Order, hash_seed, rank_positions
+from sora_lite.data.order import MicroStep, Order, check_parts, hash_seed, rank_positions
 from sora_lite.data.shards import DamagedSample
 from sora_lite.data.transforms import mirror, resize_crop
 from sora_lite.data.video import BadVideo, decode_clip
@@ -140,6 +140,7 @@ class ClipReader:
         self._cache_bytes = cache_bytes
         self._cached = 0
         self._cache: OrderedDict[tuple[int, tuple[int, int, int], int], Clip] = OrderedDict()
+        self.shards = self._members.shards
 
     def spare(self, sample: int, frames: int) -> int:
         """Largest `start` at which the sample still has so many frames."""
@@ -282,8 +283,7 @@ class ClipLoader:
         latents: Joined | None = None,
     ) -> None:
         buckets = open_buckets(index, rows, fps)
-        for bucket in buckets:
-            rank_positions(bucket.batch, rank=rank, world_size=world_size, accumulation=accumulation)
+        check_parts([bucket.batch for bucket in buckets], world_size=world_size, accumulation=accumulation)
         self.index, self.latents = index, latents
         self.order = Order(
             buckets,
@@ -306,6 +306,10 @@ class ClipLoader:
             else sum(self.latents.count(bucket.samples, bucket.shape) for bucket in self.order.buckets)
         )
         return found, sum(self.order.set_samples)
+
+    def begin_order(self, step: int) -> None:
+        """Let the order begin at a global step, before anything is read: data or shares have changed there."""
+        self.order = self._dataset.order = self.order.beginning_at(step)
 
     def steps(self, start: int, stop: int) -> Iterator[list[ClipBatch]]:
         """Batches of the steps start, ..., stop - 1; each is a list with one micro-batch per accumulation pass."""

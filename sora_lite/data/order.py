@@ -5,7 +5,8 @@ anew. The k-th step of a bucket takes the next places of each of these sequences
 so that every sample comes once per pass of its data set, no remainder is dropped, and a step may span two passes.
 Which bucket a step has follows from the buckets' shares in the same way, shuffled within cycles of steps. Shares are
 exact fractions, and how many of the first n went to whom is computed from n alone (`apportion`). Nothing depends on
-ranks, workers or history: resuming at a step costs nothing.
+ranks, workers or history: resuming at a step costs nothing. Where a run's data or shares change at step n, an order of
+its own begins there (`first_step`), which depends on n but not on what came before.
 
 A pass is shuffled in two stages: the shards, and then the samples within blocks of `block_shards` shuffled shards. So
 reads stay within a few shards at a time, and no permutation over all samples is ever made: a look-up costs a shuffle of
@@ -20,7 +21,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, lru_cache
-from typing import Any
 
 import numpy as np
 
@@ -80,6 +80,7 @@ class Order:
         weights: of the data sets in what a run sees; None for each by its number of samples (in buckets).
         image_ratio: part of the samples that are stills, in (0, 1): the shares of all buckets of one frame, and of all
             others, are scaled to it, and the weights hold within each kind. None leaves the shares as they are.
+        first_step: global step that this order begins at.
 
     Raises:
         UserError: a data set has no sample in any bucket, or an image ratio is given but not both kinds of buckets.
@@ -94,18 +95,22 @@ class Order:
         set_shards: Sequence[int] | None = None,
         weights: Sequence[float] | None = None,
         image_ratio: float | None = None,
+        first_step: int = 0,
     ) -> None:
         self.buckets = list(buckets)
         self.seed = seed
+        self.first_step = first_step
         self._block_shards = block_shards
         if set_shards is None:
             set_shards = [1 + max(int(bucket.shards[-1]) for bucket in self.buckets)]
         if weights is not None and len(weights) != len(set_shards):
             raise ValueError(f"{len(weights)} weights for {len(set_shards)} data sets")
-        self._weights, self._image_ratio = weights, image_ratio
+        self._set_shards, self._weights, self._image_ratio = set_shards, weights, image_ratio
         bounds = np.concatenate([[0], np.cumsum(set_shards)])
         # Data set d has the shards runs[d]:runs[d + 1] of a bucket, places in bucket.shards.
         self._runs = [np.searchsorted(bucket.shards, bounds).tolist() for bucket in self.buckets]
+        # Kept small and in memory: a pass begins with one look at all of them.
+        self._sizes = [np.diff(bucket.starts).astype(np.int32) for bucket in self.buckets]
         self._counts = [
             np.diff(bucket.starts[runs]).tolist() for bucket, runs in zip(self.buckets, self._runs, strict=True)
         ]
@@ -127,10 +132,21 @@ class Order:
         self._cycle = lru_cache(maxsize=2)(self._shuffle_cycle)
         self._fingerprint = cache(self._hash_all)
 
+    def beginning_at(self, step: int) -> "Order":
+        """The order of the same samples and shares that begins at a global step."""
+        return Order(
+            self.buckets,
+            seed=self.seed,
+            block_shards=self._block_shards,
+            set_shards=self._set_shards,
+            weights=self._weights,
+            image_ratio=self._image_ratio,
+            first_step=step,
+        )
+
     def step(self, step: int) -> list[MicroStep]:
-        """The micro-steps of a global step (one)."""
-        cycle, place = divmod(step, CYCLE)
-        turns, earlier = self._cycle(cycle)
+        """The micro-steps of a global step (one), from `first_step` on."""
+        turns, earlier, place = self._turn(step)
         number = int(turns[place])
         bucket = self.buckets[number]
         one = earlier[number] + int((turns[:place] == number).sum())
@@ -145,9 +161,8 @@ class Order:
         return [MicroStep(shape=bucket.shape, samples=samples, bucket=number)]
 
     def passes(self, step: int) -> list[float]:
-        """How often the samples of each data set have been seen when this step ends, on average over its buckets."""
-        cycle, place = divmod(step, CYCLE)
-        turns, earlier = self._cycle(cycle)
+        """How often this order has shown the samples of each data set when a step ends, on average over buckets."""
+        turns, earlier, place = self._turn(step)
         steps = np.array(earlier) + np.bincount(turns[: place + 1], minlength=len(self.buckets))
         taken = [
             apportion(int(count) * bucket.batch, shares)
@@ -171,21 +186,8 @@ class Order:
         whole = sum(turns * bucket.batch for turns, bucket in zip(self._bucket_shares, self.buckets, strict=True))
         return float(sum(parts, Fraction(0)) / whole)
 
-    def settings(self) -> dict[str, Any]:
-        """What decides the order besides seed and samples, for people who look for a difference. JSON."""
-        return {
-            "buckets": [
-                "{}x{}x{}: {:,} samples, {} a batch".format(*bucket.shape, len(bucket.samples), bucket.batch)
-                for bucket in self.buckets
-            ],
-            "block_shards": self._block_shards,
-            "samples": self.set_samples,
-            "weights": None if self._weights is None else list(self._weights),
-            "image_ratio": self._image_ratio,
-        }
-
     def fingerprint(self) -> str:
-        """SHA-256 over all that the order depends on besides the step; a run resumes only under the same."""
+        """SHA-256 over all that the order depends on besides steps; a run resumes only under the same."""
         return self._fingerprint()
 
     def _hash_all(self) -> str:
@@ -213,6 +215,13 @@ class Order:
         part = {True: ratio / whole[True], False: (1 - ratio) / whole[False]}
         return [[mass * part[kind] for mass in row] for row, kind in zip(masses, still, strict=True)]
 
+    def _turn(self, step: int) -> tuple[np.ndarray, list[int], int]:
+        """(the cycle that a step is in, as `_shuffle_cycle` gives it, and the step's place in it)."""
+        if step < self.first_step:
+            raise ValueError(f"step {step} comes before this order, which begins at {self.first_step}")
+        cycle, place = divmod(step - self.first_step, CYCLE)
+        return *self._cycle(cycle), place
+
     def _shuffle_cycle(self, cycle: int) -> tuple[np.ndarray, list[int]]:
         """(bucket of each step of a cycle, how many steps each bucket had before)."""
         earlier = apportion(cycle * CYCLE, self._bucket_shares)
@@ -238,9 +247,9 @@ class Order:
         """(places in bucket.shards in the order of a pass, place in the pass where each block of them ends)."""
         low, high = self._runs[number][data_set : data_set + 2]
         order = self._generator("pass", number, data_set, one_pass).permutation(high - low)
-        sizes = np.diff(self.buckets[number].starts[low : high + 1])[order]
-        blocks = np.add.reduceat(sizes, np.arange(0, len(sizes), self._block_shards))
-        return (low + order).astype(np.int32), np.cumsum(blocks)
+        sizes = self._sizes[number][low:high][order]
+        blocks = np.add.reduceat(sizes, np.arange(0, len(sizes), self._block_shards), dtype=np.int64)
+        return order.astype(np.int32) + np.int32(low), np.cumsum(blocks)
 
     def _shuffle_block(self, number: int, data_set: int, one_pass: int, block: int) -> np.ndarray:
         """Samples of a block of shards in the order of a pass."""
@@ -251,7 +260,7 @@ class Order:
         return self._generator("block", number, data_set, one_pass, block).permutation(samples)
 
     def _generator(self, *purpose: int | str) -> np.random.Generator:
-        return np.random.Generator(np.random.PCG64(hash_seed(self.seed, "order", *purpose)))
+        return np.random.Generator(np.random.PCG64(hash_seed(self.seed, "order", self.first_step, *purpose)))
 
 
 def _integers(parts: Sequence[Fraction]) -> list[int]:
@@ -262,18 +271,23 @@ def _integers(parts: Sequence[Fraction]) -> list[int]:
     return [one // divisor for one in whole]
 
 
+def check_parts(batches: Sequence[int], *, world_size: int, accumulation: int) -> None:
+    """Raise UserError, naming what would, unless ranks x accumulation passes divide the batch of every bucket."""
+    parts, common = world_size * accumulation, math.gcd(*batches)
+    if common % parts:
+        allowed = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+        raise UserError(
+            f"parallel.accumulation: {world_size} ranks x {accumulation} passes do not divide batches of "
+            f"{', '.join(map(str, sorted(set(batches))))}; ranks x accumulation may be {allowed}"
+        )
+
+
 def rank_positions(batch: int, *, rank: int, world_size: int, accumulation: int) -> list[np.ndarray]:
     """Positions of the global batch that a rank works on, one array per accumulation pass.
 
     Raises:
         UserError: ranks x accumulation does not divide the batch.
     """
-    parts = world_size * accumulation
-    if batch % parts:
-        allowed = [n for n in range(1, batch + 1) if batch % n == 0]
-        raise UserError(
-            f"parallel.accumulation: {world_size} ranks x {accumulation} passes do not divide a batch of {batch}; "
-            f"ranks x accumulation may be {', '.join(map(str, allowed))}"
-        )
-    size = batch // parts
+    check_parts([batch], world_size=world_size, accumulation=accumulation)
+    size = batch // (world_size * accumulation)
     return [np.arange(size) + (one * world_size + rank) * size for one in range(accumulation)]

@@ -15,16 +15,18 @@ import os
 import re
 import secrets
 import tarfile
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import google_crc32c
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sora_lite.data.remote import PATIENCE, Location, Patience, ReadCounts, read_file
 from sora_lite.errors import UserError
 
 SCHEMA_VERSION = 3
@@ -54,7 +56,9 @@ INDEX_SCHEMA = pa.schema(
 """Columns of an index file. Offsets and sizes are bytes of the tar; crc32c is of the media member; source is the
 first 16 hex digits of the source's SHA-256 or, where something was made of clips, `clip_digits` of the clip."""
 
+Answer = TypeVar("Answer")
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,90}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _SHARD = re.compile(r"((?:train|validation)-\d{6}(?:\.\d{1,9})?)\.tar")
 _BLOCK = tarfile.BLOCKSIZE
 
@@ -104,6 +108,10 @@ class ShardEntry:
             raise ValueError(f"names {self.path!r} and {self.index!r}, outside of its folder or not of its split")
         if not all(isinstance(size, int) and size >= 0 for size in (self.bytes, self.samples)):
             raise ValueError(f"sizes of {self.path} are no numbers")
+        if not all(
+            isinstance(digest, str) and _SHA256.fullmatch(digest) for digest in (self.sha256, self.index_sha256)
+        ):
+            raise ValueError(f"checksums of {self.path} are no SHA-256")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -139,15 +147,22 @@ class Manifest:
         return sizes
 
     @classmethod
-    def load(cls, folder: Path) -> Self:
+    def load(cls, folder: Location) -> Self:
         """Read FOLDER/manifest.json. Raises UserError if there is none, or if it is not as it was written."""
         path = folder / MANIFEST
         try:
-            written = path.read_bytes()
+            return cls.parse(read_file(path, _faulty_manifest), str(path))
+        except FileNotFoundError:
+            raise UserError(f"{path}: not found; name a folder that `sora-data run VIDEOS SHARDS` has made.") from None
+
+    @classmethod
+    def parse(cls, written: bytes, name: str) -> Self:
+        """A manifest from its bytes. Raises UserError, which begins with the name, if it is not as it was written."""
+        try:
             content = json.loads(written)
             version = content["schema_version"]
             if version != SCHEMA_VERSION:
-                raise UserError(f"{path}: written in format {version}, read here is {SCHEMA_VERSION}; pack it again.")
+                raise UserError(f"{name}: written in format {version}, read here is {SCHEMA_VERSION}; pack it again.")
             del content["splits"]  # for people who read the file; follows from the entries
             del content["sha256"]
             shards = [ShardEntry(**entry) for entry in content.pop("shards")]
@@ -158,12 +173,10 @@ class Manifest:
             if manifest.content not in ("clips", *ENCODED) or not isinstance(manifest.encoding, dict):
                 raise ValueError(f"it holds {manifest.content!r}")
             whole = written == manifest.to_bytes()
-        except FileNotFoundError:
-            raise UserError(f"{path}: not found; name a folder that `sora-data run VIDEOS SHARDS` has made.") from None
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise UserError(f"{path}: not a manifest of shards ({error}); name another folder or pack again.") from None
+            raise UserError(f"{name}: not a manifest of shards ({error}); name another folder or pack again.") from None
         if not whole:
-            raise UserError(f"{path}: is not as it was written (SHA-256 differs); restore it, or pack again.")
+            raise UserError(f"{name}: is not as it was written (SHA-256 differs); restore it, or pack again.")
         return manifest
 
     def save(self, folder: Path) -> None:
@@ -175,6 +188,14 @@ class Manifest:
         content = {"schema_version": self.schema_version, "splits": self.splits} | asdict(self)
         content["sha256"] = hashlib.sha256(to_json(content)).hexdigest()
         return json.dumps(content, indent=1).encode() + b"\n"
+
+
+def _faulty_manifest(content: bytes) -> str:
+    try:
+        Manifest.parse(content, "the server's answer")
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 # ------------------------------------------------------------------------------------------------------- writing
@@ -346,14 +367,20 @@ def flush_folder(folder: Path) -> None:
 
 
 class ShardReader:
-    """Reads members of one shard by offset; threads and forked processes may share it. Close it, or use `with`."""
+    """Reads members of one shard by offset; threads and forked processes may share it. Close it, or use `with`.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    What fails on the way to the disk is tried again, as network file systems need it.
+    """
+
+    def __init__(self, path: Path, patience: Patience = PATIENCE, counts: ReadCounts | None = None) -> None:
+        self.path, self._patience, self.counts = path, patience, counts or ReadCounts()
+        self._descriptor = self._open()
+
+    def _open(self) -> int:
         try:
-            self._descriptor = os.open(path, os.O_RDONLY)
+            return self._persist(lambda: os.open(self.path, os.O_RDONLY))
         except FileNotFoundError:
-            raise UserError(f"{path}: the shard is missing; restore it or pack the videos again.") from None
+            raise UserError(f"{self.path}: the shard is missing; restore it or pack the videos again.") from None
 
     def __enter__(self) -> Self:
         return self
@@ -362,22 +389,47 @@ class ShardReader:
         self.close()
 
     def read(self, offset: int, size: int, crc32c: int) -> bytes:
-        """The member's bytes. Raises DamagedSample unless they have this size and checksum; OSError if I/O fails."""
+        """The member's bytes.
+
+        Raises DamagedSample unless they have this size and checksum; UserError if the disk fails again and again.
+        """
         if offset < 0 or size < 0:
             raise DamagedSample(f"{self.path.name} cannot hold {size} bytes at offset {offset}")
         if (missing := offset + size - os.fstat(self._descriptor).st_size) > 0:
             raise DamagedSample(f"{self.path.name} ends {missing} bytes early at offset {offset}")
+        content = self._persist(lambda: self._pread(offset, size))
+        if len(content) < size:
+            raise DamagedSample(f"{self.path.name} ends {size - len(content)} bytes early at offset {offset}")
+        if google_crc32c.value(content) != crc32c:
+            raise DamagedSample(f"{self.path.name} has a wrong checksum for {size} bytes at offset {offset}")
+        self.counts.bytes_read += size
+        return content
+
+    def _pread(self, offset: int, size: int) -> bytes:
+        """So many bytes, or fewer where the file ends."""
         content = os.pread(self._descriptor, size, offset)
         while 0 < len(content) < size:  # one call reads at most 2 GiB
             more = os.pread(self._descriptor, size - len(content), offset + len(content))
             if not more:
                 break
             content += more
-        if len(content) < size:
-            raise DamagedSample(f"{self.path.name} ends {size - len(content)} bytes early at offset {offset}")
-        if google_crc32c.value(content) != crc32c:
-            raise DamagedSample(f"{self.path.name} has a wrong checksum for {size} bytes at offset {offset}")
         return content
+
+    def _persist(self, call: Callable[[], Answer]) -> Answer:
+        for attempt in range(self._patience.retries):
+            try:
+                return call()
+            except FileNotFoundError:
+                raise
+            except OSError:
+                self.counts.io_retries += 1
+                time.sleep(min(60.0, 0.5 * 2**attempt))
+        try:
+            return call()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read ({error.strerror}); look at the disk") from None
 
     def read_json(self, offset: int, size: int, crc32c: int) -> dict[str, Any]:
         """As `read`, for KEY.json. Raises DamagedSample too if it is no JSON object."""

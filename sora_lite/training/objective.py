@@ -71,7 +71,11 @@ class Objective(Protocol):
         ...
 
     def state(self) -> dict[str, Any]:
-        """What must be the same when a run is resumed, as JSON."""
+        """What an export needs to know beside the weights, as JSON."""
+        ...
+
+    def inputs(self) -> dict[str, str]:
+        """Fingerprints of what it is built on, by the name of the setting that leads to it."""
         ...
 
 

@@ -204,3 +204,6 @@ class DiTObjective:
 
     def state(self) -> dict[str, Any]:
         return {"model": self.architecture, "vae_fingerprint": self.fingerprint}
+
+    def inputs(self) -> dict[str, str]:
+        return {"vae_from": self.fingerprint}

@@ -124,3 +124,6 @@ class VAEObjective:
 
     def state(self) -> dict[str, Any]:
         return {"vae": asdict(self.config)}
+
+    def inputs(self) -> dict[str, str]:
+        return {}

@@ -11,7 +11,7 @@ import contextlib
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from sora_lite.training.engine import Engine
 from sora_lite.training.metrics import Means, peak_flops
 from sora_lite.training.objective import HeldOut, Loss, Objective
 from sora_lite.training.optim import learning_rate
+from sora_lite.training.resume import Facts, go_on
 from sora_lite.training.tracking import Tracker
 
 STATISTICS_SAMPLES = 512
@@ -82,6 +83,11 @@ class Trainer:
         index = load_split(config.data, "train", rank)
         latents = load_latents(config.data, index, "train", objective, rank)
         self.loader = make_loader(config, index, objective, rank, latents)
+        plain: Any = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+        inputs = objective.inputs()
+        if latents is not None:
+            inputs[config.data.latents_key] = latents.fingerprint()
+        self.facts = Facts.of(plain, objective.name, inputs, index, self.loader.order)
         bucket = self.loader.order.buckets[0]
         micro = bucket.batch // rank.world_size // config.parallel.accumulation
 
@@ -246,26 +252,10 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------ state
 
-    def _state(self) -> dict[str, Any]:
-        """What the checkpoint holds beside weights, and what must agree when it is gone on from."""
-        return {
-            "kind": self.objective.name,
-            "objective": self.objective.state(),
-            "order": {
-                "sha256": self.loader.order.fingerprint(),
-                "fps": self.config.data.fps,
-                "flip": self.config.data.flip,
-                "latents": self.loader.latents.fingerprint() if self.loader.latents is not None else None,
-                **self.loader.order.settings(),
-            },
-            "data": self.loader.index.fingerprint(),
-            "seed": self.config.run.seed,
-        }
-
     def _save(self) -> None:
         extra = {
-            "must_agree": self._state(),
-            "config": OmegaConf.to_container(OmegaConf.structured(self.config), resolve=True, enum_to_str=True),
+            "facts": asdict(self.facts),
+            "objective": self.objective.state(),
             "wandb_id": self.rank.gather(self.tracker.wandb_id if self.tracker else self.wandb_id)[0],
             "finished": self.finished,
             "clip": list(self.loader.order.buckets[0].shape),
@@ -293,27 +283,19 @@ class Trainer:
             path,
             {self.objective.name: self.engine},
             {self.objective.name: self.ema},
-            check=lambda state: self._check_agrees(path, state["extra"]["must_agree"]),
+            check=lambda state: self._agree(path, state["step"], state["extra"]["facts"]),
         )
+        self.loader.begin_order(self.facts.data.first_step)
         self.wandb_id = state["extra"]["wandb_id"]
         self.finished = state["extra"]["finished"]
         self._say(f"{self.folder}: goes on from step {state['step']}")
         return int(state["step"])
 
-    def _check_agrees(self, path: Path, saved: dict[str, Any]) -> None:
-        now = self._state()
-        for key, why in (
-            ("kind", "another kind of model"),
-            ("objective", "another model or VAE"),
-            ("seed", "another run.seed"),
-            ("data", "other shards"),
-            ("order", "other data settings (buckets, batch, weights, fps, flip or shuffling)"),
-        ):
-            if saved[key] != now[key]:
-                raise UserError(
-                    f"{path}: was made with {why}; {_difference(saved[key], now[key])}"
-                    "give run.name another name to start anew, or the old settings to go on"
-                )
+    def _agree(self, path: Path, step: int, saved: dict[str, Any]) -> None:
+        before = len(saved["data"]["changes"])
+        self.facts.data.changes = go_on(path, step, saved, self.facts, self.loader.index, self.config.run.accept)
+        for change in self.facts.data.changes[before:]:
+            self._say(f"run.accept: from step {step} on, {'; '.join(change.what)}")
 
     def _start_tracking(self) -> None:
         self._peak = peak_flops(self.rank.device, self.config.logging.peak_tflops)
@@ -324,7 +306,7 @@ class Trainer:
                 self.config.logging,
                 resume_step=self.step,
                 wandb_id=self.wandb_id,
-                config=OmegaConf.to_container(OmegaConf.structured(self.config), enum_to_str=True),  # type: ignore[arg-type]
+                config=self.facts.config,
             )
 
     def _forward_flops(self, shape: tuple[int, ...]) -> int:
@@ -352,17 +334,6 @@ class Clock:
     def seconds(self) -> float:
         """Wall-clock seconds since the last restart."""
         return max(time.perf_counter() - self.start, 1e-9)
-
-
-def _difference(saved: Any, now: Any) -> str:
-    """Where two JSON values differ, as `key was a, is b; `, empty for values that say nothing to people."""
-    if isinstance(saved, dict) and isinstance(now, dict):
-        return "".join(
-            f"{key} was {saved.get(key)}, is {now.get(key)}; "
-            for key in sorted(saved.keys() | now.keys())
-            if saved.get(key) != now.get(key) and not isinstance(saved.get(key), dict) and key != "sha256"
-        ) or "".join(_difference(saved.get(key), now.get(key)) for key in sorted(saved.keys() | now.keys()))
-    return ""
 
 
 def load_split(data: DataConfig, split: str, rank: Rank, *, required: bool = True) -> Index:

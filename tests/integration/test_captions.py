@@ -24,8 +24,8 @@ from PIL import Image
 
 from data_tools.caption import CaptionItem, CaptionRow, caption_clips
 from data_tools.config import CaptionConfig, CaptionSource
-from data_tools.web import retry_after
 from sora_lite.data.video import BadVideo
+from sora_lite.data.web import retry_after
 from sora_lite.errors import UserError
 
 KEY = "sk-very-secret"

@@ -145,10 +145,10 @@ class TestCheckpoint:
     @pytest.mark.parametrize(
         ("change", "named"),
         [
-            (["model.width=96"], "width was 48, is 96"),
-            (["model.text.depth=2"], "depth"),
-            (["run.seed=1"], "run.seed"),
-            (["data.flip=true", "data.block_shards=1"], "other data settings"),
+            (["model.width=96"], "model.width was 48, is 96"),
+            (["model.text.depth=2"], "model.text.depth was 1, is 2"),
+            (["run.seed=1"], "run.accept=[run.seed]"),
+            (["data.flip=true", "data.block_shards=1"], "run.accept=[data.block_shards,data.flip]"),
         ],
     )
     def test_of_other_settings(
@@ -164,7 +164,7 @@ class TestCheckpoint:
 
     def test_of_another_vae(self, tiny: Tiny, trained: Path, other_vae: Path, refused: Refused) -> None:
         line = refused(*train_words(tiny, trained, f"vae_from={other_vae}", "run.steps=4"))
-        assert "vae_fingerprint was" in line and "give run.name another name" in line
+        assert "vae_from leads to another one" in line and "run.accept=[vae_from]" in line
 
     def test_of_other_shards(self, tiny: Tiny, runs: Path, tmp_path: Path, refused: Refused) -> None:
         shards = Path(shutil.copytree(tiny.shards, tmp_path / "shards"))
@@ -173,7 +173,7 @@ class TestCheckpoint:
             entry.sha256 = "0" * 64
         manifest.save(shards)
         line = refused(*train_words(tiny, runs, f"data.shards={shards}", "run.steps=4"))
-        assert "other shards" in line and "give run.name another name" in line
+        assert "data.shards: leads to other shards" in line and "run.accept=[data.shards]" in line
 
     @pytest.mark.parametrize("name", ["dit-rank_00000.safetensors", "state.json", "manifest.json"])
     def test_damaged(self, tiny: Tiny, runs: Path, refused: Refused, name: str) -> None:

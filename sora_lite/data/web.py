@@ -1,9 +1,10 @@
-"""HTTP as the tools need it: asked again when the other side wants patience or falls silent, never when it says no."""
+"""HTTP as data needs it: asked again when the other side wants patience or falls silent, never when it says no."""
 
+import os
 import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import cache
@@ -17,6 +18,8 @@ Answer = TypeVar("Answer")
 
 LONGEST_WAIT = 600.0
 """Seconds. A server that asks for more patience than this is not waited for."""
+SLOWEST = 1 << 20
+"""Bytes that must come within the time-out of a stream; less is a stall, however steadily it drips."""
 
 
 class Busy(Exception):
@@ -37,12 +40,18 @@ def persist(ask: Callable[[], Answer], retries: int, pause: Callable[[float], ob
         try:
             return ask()
         except Busy as busy:
-            if (busy.seconds or 0.0) > LONGEST_WAIT:
-                raise
-            least = min(60.0, 2.0**attempt) / 2 if busy.seconds is None else busy.seconds
-            spread = least if busy.seconds is None else 0.1 * least
-            pause(least + random.uniform(0, spread))
+            pause(pause_seconds(busy, attempt))
     return ask()
+
+
+def pause_seconds(busy: Busy, attempt: int) -> float:
+    """How long to wait after the try number `attempt`, from 0; raises `busy` where that is asking too much."""
+    if busy.seconds is None:
+        least = min(60.0, 2.0**attempt) / 2
+        return least + random.uniform(0, least)
+    if busy.seconds > LONGEST_WAIT:
+        raise busy
+    return busy.seconds * random.uniform(1, 1.1)
 
 
 def is_busy(status: int) -> bool:
@@ -80,6 +89,35 @@ def download(url: str, file: IO[bytes], max_bytes: int, beat: Callable[[], None]
                     raise BadVideo(f"is larger than {max_bytes} bytes")
 
     _persist(attempt, beat)
+
+
+def stream(url: str, start: int, timeout: float) -> Iterator[bytes]:
+    """What a URL gives from byte `start` on, in parts as they come. One try.
+
+    timeout: seconds of silence, and seconds in which SLOWEST bytes must come.
+    Raises Busy where another try is worth it, OSError where it is not.
+    """
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
+    try:
+        with _client().stream("GET", url, headers=headers, timeout=timeout) as response:
+            if response.status_code == 416:
+                raise Busy(f"the server has no bytes after the first {start}")
+            _check(response)
+            skip = 0 if response.headers.get("Content-Range", "").startswith(f"bytes {start}-") else start
+            arrived, mark = 0, time.monotonic()
+            for part in response.iter_raw():
+                arrived += len(part)
+                if arrived >= SLOWEST:
+                    arrived, mark = 0, time.monotonic()
+                elif time.monotonic() - mark > timeout:
+                    raise Busy(f"the server sent {arrived} bytes in {timeout:g} seconds")
+                if rest := part[skip:]:
+                    yield rest
+                skip = max(0, skip - len(part))
+    except httpx.TransportError as error:
+        raise Busy(str(error) or type(error).__name__) from None
+    except (httpx.InvalidURL, httpx.TooManyRedirects) as error:
+        raise OSError(str(error)) from None
 
 
 def version_of(url: str, beat: Callable[[], None]) -> str:
@@ -128,7 +166,14 @@ def _check(response: httpx.Response) -> None:
     raise FileNotFoundError(reason) if status in (404, 410) else OSError(reason)
 
 
-@cache
 def _client() -> httpx.Client:
-    """Below the time after which a worker counts as stalled, but no limit to how long a download takes in all."""
+    return _client_of(os.getpid())
+
+
+@cache
+def _client_of(process: int) -> httpx.Client:
+    """The client of one process: its connections must not be shared with those that are forked from it.
+
+    Below the time after which a worker counts as stalled, but no limit to how long a download takes in all.
+    """
     return httpx.Client(timeout=httpx.Timeout(30.0), follow_redirects=True)

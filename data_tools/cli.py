@@ -66,7 +66,7 @@ VERBS = {
         settings=VerifyConfig,
     ),
     "encode": Verb(
-        line="encode every clip once with a frozen VAE: latents for training, in shards of their own",
+        line="encode clips once with a frozen VAE, or captions with a text encoder, into shards of their own",
         words=["SHARDS", "OUT"],
         settings=EncodeConfig,
     ),

@@ -28,8 +28,8 @@ from data_tools.state import Table, Unit, complete
 from sora_lite.config import BucketRule
 from sora_lite.data.buckets import Row, choose
 from sora_lite.data.index import Index, load_manifest
-from sora_lite.data.joined import Latent, latent_sample
-from sora_lite.data.shards import MANIFEST, DamagedSample, Manifest, ShardEntry, ShardWriter, flush_folder
+from sora_lite.data.joined import Latent, latent_sample, text_sample
+from sora_lite.data.shards import MANIFEST, DamagedSample, Manifest, Sample, ShardEntry, ShardWriter, flush_folder
 from sora_lite.data.video import BadVideo
 from sora_lite.errors import UserError
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and other verbs do without i
     import torch
 
     from sora_lite.data.loader import Clip, ClipReader
+    from sora_lite.models.pretrained import FrozenTextEncoder
     from sora_lite.models.vae import CausalVAE
 
 VERSION = 1
@@ -47,7 +48,7 @@ SCHEMA = pa.schema(
         ("entry", pa.struct([(name, pa.string()) for name in ("path", "sha256", "split", "index", "index_sha256")])),
         ("bytes", pa.int64()),
         ("samples", pa.int64()),
-        ("in_no_bucket", pa.int64()),
+        ("left_out", pa.int64()),
         ("damaged", pa.list_(pa.string())),
     ]
 )
@@ -60,6 +61,10 @@ class EncodeConfig(WorkConfig):
 
     vae_from: str | None = None
     """A trained VAE: an export, or a run folder that holds one. OUT becomes the latents of the clips."""
+    text_from: str | None = None
+    """Instead: a T5, UMT5 or CLIP folder that transformers has saved. OUT becomes the features of the captions."""
+    max_tokens: int = 512
+    """Tokens of a caption, at most, with `text_from`."""
     buckets: list[BucketRule] = field(default_factory=list)
     """Bucket table, as `data.buckets` in training: a clip is encoded at the size of its row. `batch` plays no part."""
     fps: float | None = None
@@ -74,8 +79,17 @@ class EncodeConfig(WorkConfig):
     def __post_init__(self) -> None:
         self.check_work()
         rules: list[tuple[bool, str, str]] = [
-            (self.vae_from is not None, "vae_from", "name the model that is to encode the clips"),
-            (len(self.buckets) > 0, "buckets", "give at least one row '[{resolution: [H, W], frames: T}]'"),
+            (
+                (self.vae_from is None) != (self.text_from is None),
+                "vae_from",
+                "name the VAE that encodes the clips or, by text_from, what encodes their captions, into a folder each",
+            ),
+            (
+                self.vae_from is None or len(self.buckets) > 0,
+                "buckets",
+                "give at least one row '[{resolution: [H, W], frames: T}]'",
+            ),
+            (self.max_tokens >= 1, "max_tokens", f"must be at least 1, not {self.max_tokens}"),
             (self.fps is None or self.fps > 0, "fps", f"must be above 0, or null, not {self.fps}"),
             (self.batch is None or self.batch >= 1, "batch", f"must be at least 1, or null, not {self.batch}"),
         ]
@@ -85,6 +99,11 @@ class EncodeConfig(WorkConfig):
         for holds, key, rule in rules:
             if not holds:
                 raise UserError(f"{key}: {rule}.")
+
+    @property
+    def content(self) -> str:
+        """What OUT becomes: `latents` or `text`."""
+        return "text" if self.vae_from is None else "latents"
 
     @property
     def costly_units(self) -> bool:
@@ -109,7 +128,7 @@ def encode(folder: Path, out: Path, config: EncodeConfig) -> None:
     clips = load_manifest(folder)
     if clips.content != "clips":
         raise UserError(f"{folder}: holds {clips.content}, which cannot be encoded; name a folder of clips.")
-    encoding = latent_encoding(config)
+    encoding = text_encoding(config) if config.content == "text" else latent_encoding(config)
     with locked(out), locked(out / ".work"):
         if (out / MANIFEST).exists():
             _refuse_another(out, clips.config_hash, encoding)
@@ -117,16 +136,17 @@ def encode(folder: Path, out: Path, config: EncodeConfig) -> None:
             for leftover in (out / ".work").glob("attempt-*"):
                 rmtree(leftover)
         name = digest([VERSION, encoding, config.batch, clips.config_hash])[:16]
-        table = Table(out / ".work" / "latents" / name, SCHEMA)
+        table = Table(out / ".work" / config.content / name, SCHEMA)
         units = [_unit(folder, out, entry, config) for entry in clips.shards]
         if _device(config.device).type != "cpu":
             # The model on the device once; and a driver takes address space by hundreds of GiB.
             config = replace(config, workers=config.workers or 1, memory_mb=2**30)
-        complete(table, "latents", work, units, config, "shard")
+        complete(table, config.content, work, units, config, "shard")
         rows = table.read()
         made = [rows[key] for unit in units for key in unit.keys]
         _refuse_failures(table, made)
-        manifest = Manifest(config_hash=clips.config_hash, content="latents", encoding=encoding, counts=_count(made))
+        manifest = Manifest(config_hash=clips.config_hash, content=config.content, encoding=encoding)
+        manifest.counts = _count(made, "clips_in_no_bucket" if config.content == "latents" else "clips_without_caption")
         manifest.shards = [ShardEntry(bytes=row["bytes"], samples=row["samples"], **row["entry"]) for row in made]
         manifest.save(out)
     for row in made:
@@ -148,6 +168,13 @@ def latent_encoding(config: EncodeConfig) -> dict[str, Any]:
             raise UserError(f"buckets[{i}]: {error}; change its resolution or frames.") from None
     table = [[*row.shape, row.keep] for row in config.rows()]
     return {"fingerprint": contract.vae_fingerprint, "vae": contract.run, "fps": config.fps, "buckets": table}
+
+
+def text_encoding(config: EncodeConfig) -> dict[str, Any]:
+    """What text features are made with, for the manifest."""
+    assert config.text_from is not None
+    encoder = _text_encoder(config.text_from, config.max_tokens, "cpu")
+    return {"fingerprint": encoder.fingerprint(), "encoder": encoder.folder.name, "max_tokens": encoder.max_tokens}
 
 
 def _refuse_another(out: Path, config_hash: str, encoding: dict[str, Any]) -> None:
@@ -174,7 +201,9 @@ def _unit(folder: Path, out: Path, entry: ShardEntry, config: EncodeConfig) -> U
         "folder": str(folder.absolute()),
         "out": str(out.absolute()),
         "entry": asdict(entry),
-        "vae_from": str(Path(config.vae_from or "").absolute()),
+        "content": config.content,
+        "from": str(Path(config.vae_from or config.text_from or "").absolute()),
+        "max_tokens": config.max_tokens,
         "buckets": [[*row.shape, row.keep] for row in config.rows()],
         "fps": config.fps,
         "batch": config.batch,
@@ -183,11 +212,11 @@ def _unit(folder: Path, out: Path, entry: ShardEntry, config: EncodeConfig) -> U
     return Unit(keys=[f"{entry.path}-{entry.sha256[:16]}"], task=task)
 
 
-def _count(rows: Rows) -> dict[str, int]:
-    counts = Counter({"clips_encoded": 0, "clips_in_no_bucket": 0, "clips_damaged": 0})
+def _count(rows: Rows, left_out: str) -> dict[str, int]:
+    counts = Counter({"clips_encoded": 0, left_out: 0, "clips_damaged": 0})
     for row in rows:
         counts["clips_encoded"] += row["samples"]
-        counts["clips_in_no_bucket"] += row["in_no_bucket"]
+        counts[left_out] += row["left_out"]
         counts["clips_damaged"] += len(row["damaged"])
     return dict(counts)
 
@@ -201,64 +230,75 @@ def work(task: Task) -> Rows:
 
     folder, out, entry = Path(task["folder"]), Path(task["out"]), ShardEntry(**task["entry"])
     index = Index.of([folder], [replace(load_manifest(folder), shards=[entry])], entry.split)
-    rows = [Row(shape=(t, h, w), keep=keep, batch=1) for t, h, w, keep in task["buckets"]]
-    sizes = {"frames": index.frames, "height": index.height, "width": index.width, "own_fps": index.fps}
-    chosen = choose(rows, keys=index.keys, **sizes, fps=task["fps"])
     reader = ClipReader(index, fps=task["fps"], cache_bytes=0)
     damaged: list[str] = []
+    encoded = _latents(reader, task, damaged) if task["content"] == "latents" else _texts(reader, task, damaged)
     with tempfile.TemporaryDirectory(prefix="attempt-", dir=out / ".work") as attempt:
         with ShardWriter(Path(attempt) / entry.path, entry.split) as writer:
-            for number, row in enumerate(rows):
-                samples = np.flatnonzero(chosen == number).tolist()
-                for sample, clip, latent in _latents(reader, samples, row.shape, task, damaged):
-                    writer.add(
-                        latent_sample(
-                            index.key(sample),
-                            latent,
-                            reader.meta(sample) | {"captions": clip.captions},
-                            shape=row.shape,
-                            fps=task["fps"] or float(index.fps[sample]),
-                            clip_crc32c=int(index.crc32c[sample]),
-                        )
-                    )
+            for sample in encoded:
+                writer.add(sample)
         made = asdict(writer.entry)
         for name in (made["index"], made["path"]):
             os.replace(Path(attempt) / name, out / name)
         flush_folder(out)
-    left_out = int((chosen < 0).sum())
-    counts = {"bytes": made.pop("bytes"), "samples": made.pop("samples"), "in_no_bucket": left_out}
+    counts = {"bytes": made.pop("bytes"), "samples": made.pop("samples")}
+    counts["left_out"] = len(index) - counts["samples"] - len(damaged)
     return [{"key": f"{entry.path}-{entry.sha256[:16]}", "entry": made, **counts, "damaged": damaged}]
 
 
-def _latents(
-    reader: "ClipReader", samples: list[int], shape: tuple[int, int, int], task: Task, damaged: list[str]
-) -> "Iterator[tuple[int, Clip, Latent]]":
-    """Latents of the samples that can be read, batch by batch; the reasons of the others go into `damaged`."""
+def _latents(reader: "ClipReader", task: Task, damaged: list[str]) -> Iterator[Sample]:
+    """Latents of the clips that can be read, batch by batch; the reasons of the others go into `damaged`."""
     import torch
 
     from sora_lite.generation.pipeline import clips_at_once, to_float
 
-    device = _device(task["device"])
-    vae = _vae(task["vae_from"], str(device))
-    at_once = task["batch"] or clips_at_once(*shape)
-    for batch in _read_ahead(reader, samples, shape, at_once, device):
-        good = []
-        for sample, future in batch:
+    index, device = reader.index, _device(task["device"])
+    vae = _vae(task["from"], str(device))
+    rows = [Row(shape=(t, h, w), keep=keep, batch=1) for t, h, w, keep in task["buckets"]]
+    sizes = {"frames": index.frames, "height": index.height, "width": index.width, "own_fps": index.fps}
+    chosen = choose(rows, keys=index.keys, **sizes, fps=task["fps"])
+    for number, row in enumerate(rows):
+        samples = np.flatnonzero(chosen == number).tolist()
+        at_once = task["batch"] or clips_at_once(*row.shape)
+        for batch in _read_ahead(reader, samples, row.shape, at_once, device):
+            good = []
+            for sample, future in batch:
+                beat()
+                try:
+                    good.append((sample, future.result(), reader.meta(sample)))
+                except (DamagedSample, BadVideo) as error:
+                    damaged.append(f"{index.key(sample)}: {error}")
+            if not good:
+                continue
+            video = torch.from_numpy(np.stack([clip.frames for _, clip, _ in good])).permute(0, 4, 1, 2, 3)
+            with torch.no_grad(), _one_thread(device):
+                posterior = vae.encode(to_float(video.to(device)))
+            mean, logvar = posterior.mean.float().cpu().numpy(), posterior.logvar.float().cpu().numpy()
             beat()
-            try:
-                good.append((sample, future.result()))
-            except (DamagedSample, BadVideo) as error:
-                damaged.append(f"{reader.index.key(sample)}: {error}")
-        if not good:
-            continue
-        frames = np.stack([clip.frames for _, clip in good])
-        video = torch.from_numpy(frames).permute(0, 4, 1, 2, 3).to(device)
-        with torch.no_grad(), _one_thread(device):
-            posterior = vae.encode(to_float(video))
-        mean, logvar = posterior.mean.float().cpu().numpy(), posterior.logvar.float().cpu().numpy()
+            for i, (sample, _, meta) in enumerate(good):
+                rate = task["fps"] or float(index.fps[sample])
+                latent = Latent(mean=mean[i], logvar=logvar[i])
+                made_of = int(index.crc32c[sample])
+                yield latent_sample(index.key(sample), latent, meta, shape=row.shape, fps=rate, clip_crc32c=made_of)
+
+
+def _texts(reader: "ClipReader", task: Task, damaged: list[str]) -> Iterator[Sample]:
+    """Features of all captions of the clips that have some; the reasons of those that cannot be read: `damaged`."""
+    index, device = reader.index, _device(task["device"])
+    encoder = _text_encoder(task["from"], task["max_tokens"], str(device))
+    for sample in range(len(index)):
         beat()
-        for i, (sample, clip) in enumerate(good):
-            yield sample, clip, Latent(mean=mean[i], logvar=logvar[i])
+        try:
+            captions, meta = reader.words(sample)[0], reader.meta(sample)
+        except DamagedSample as error:
+            damaged.append(f"{index.key(sample)}: {error}")
+            continue
+        if captions:
+            with _one_thread(device):
+                text = encoder(captions)
+            tensors = {"features": text.features, "mask": text.mask, "pooled": text.pooled}
+            arrays = {name: tensor.cpu().numpy() for name, tensor in tensors.items() if tensor is not None}
+            yield text_sample(index.key(sample), arrays, meta, clip_crc32c=int(index.crc32c[sample]))
 
 
 def _read_ahead(
@@ -305,3 +345,10 @@ def _vae(folder: str, device: str) -> "CausalVAE":
 
     vae, _ = load_vae(Path(folder))
     return vae.to(device)
+
+
+@lru_cache(maxsize=1)
+def _text_encoder(folder: str, max_tokens: int, device: str) -> "FrozenTextEncoder":
+    from sora_lite.models.pretrained import FrozenTextEncoder
+
+    return FrozenTextEncoder(Path(folder), max_tokens).to(device)

@@ -39,12 +39,15 @@ from data_tools.pool import Rows
 from data_tools.state import Table, Unit, work
 from sora_lite.cli.compose import assets
 from sora_lite.cli.submit import job_command, submit
-from sora_lite.data.shards import replace_file
+from sora_lite.data.shards import ENCODED, replace_file
 from sora_lite.errors import UserError
 
-FUNCTIONS = stages.FUNCTIONS | {"latents": encode.work}
-SCHEMAS = stages.SCHEMAS | {"latents": encode.SCHEMA}
-SETTINGS: dict[str, type[WorkConfig]] = dict.fromkeys(stages.FUNCTIONS, DataConfig) | {"latents": encode.EncodeConfig}
+FUNCTIONS = stages.FUNCTIONS | dict.fromkeys(ENCODED, encode.work)
+SCHEMAS = stages.SCHEMAS | dict.fromkeys(ENCODED, encode.SCHEMA)
+SETTINGS: dict[str, type[WorkConfig]] = {
+    **dict.fromkeys(stages.FUNCTIONS, DataConfig),
+    **dict.fromkeys(ENCODED, encode.EncodeConfig),
+}
 """What a task does for a stage, the columns of its rows, and the class of its settings."""
 
 LIST_SCHEMA = pa.schema([("keys", pa.list_(pa.string())), ("task", pa.large_string())])

@@ -126,6 +126,15 @@ def latent_sample(
     )
 
 
+def text_sample(key: str, tensors: Mapping[str, np.ndarray], meta: Mapping[str, Any], *, clip_crc32c: int) -> Sample:
+    """Features of a clip's n captions, in their order, as a sample of a shard.
+
+    tensors: features float32 n M D (zero at padding), mask bool n M and, of some encoders, pooled float32 n P.
+    """
+    made_of = clip_digits(clip_crc32c)
+    return Sample(key=key, ext=ENCODED["text"], media=_save(tensors), meta={**meta}, made_of=made_of)
+
+
 # ---------------------------------------------------------------------------------------------------- joining
 
 

@@ -154,13 +154,13 @@ class ClipReader:
         """
         if self._latents is not None and (row := self._latents.find(sample, shape)) is not None:
             latent, meta = self._latents.read(row)
-            captions, label = self._words(sample, meta)
+            captions, label = self._checked(sample, meta)
             return Clip(latent=latent, captions=captions, label=label)
         key = (sample, shape, start)
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
-        captions, label = self._words(sample, self.meta(sample))
+        captions, label = self.words(sample)
         media = self._members.media(sample)
         decoded = decode_clip(media, frames=shape[0], fps=self.fps, start_frame_offset=start, decoder=self._decoder)
         frames = resize_crop(decoded, shape[1:])
@@ -177,7 +177,11 @@ class ClipReader:
         """The sample's JSON."""
         return self._members.meta(sample)
 
-    def _words(self, sample: int, meta: dict) -> tuple[list[str], int]:
+    def words(self, sample: int) -> tuple[list[str], int]:
+        """Captions and label of a sample. Raises DamagedSample."""
+        return self._checked(sample, self.meta(sample))
+
+    def _checked(self, sample: int, meta: dict) -> tuple[list[str], int]:
         """Captions and label of a sample."""
         captions, label = meta.get("captions") or [], meta.get("label", -1)
         if type(label) is not int or not all(isinstance(caption, str) for caption in captions):

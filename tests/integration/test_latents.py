@@ -13,6 +13,7 @@ import torch
 import webdataset
 from safetensors.numpy import load, save
 from test_loader import ALONE, BATCH, SHAPE, flip_byte, join
+from text_folders import save_t5
 from tiny_inputs import Tiny, call, make_vae
 
 from data_tools.cli import main as sora_data
@@ -28,6 +29,7 @@ from sora_lite.errors import UserError
 from sora_lite.evaluation.record import RECORD, read_record
 from sora_lite.generation.export import load_vae
 from sora_lite.generation.pipeline import to_float
+from sora_lite.models.pretrained import FrozenTextEncoder
 from sora_lite.training.objective_dit import DiTObjective
 
 BUCKETS = "buckets=[{resolution: [32, 32], frames: 17}]"
@@ -323,3 +325,26 @@ def test_rubbish_in_a_latent_is_damage(tiny: Tiny, tmp_path: Path, media: bytes)
     made = Index.of([tmp_path], [manifest], "train", content="latents")
     with pytest.raises(DamagedSample):
         LatentReader(Joined(index=made, rows=np.zeros(1, np.int64))).read(0)
+
+
+def test_captions_are_encoded_once(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save_t5(tmp_path / "t5")
+    words = ["encode", str(tiny.shards), str(tmp_path / "text"), f"text_from={folder}", "workers=0", "max_tokens=16"]
+    assert sora_data(words) == 0
+    assert "48 clips encoded, 0 clips without caption" in capsys.readouterr().out
+    manifest, encoder = Manifest.load(tmp_path / "text"), FrozenTextEncoder(folder, max_tokens=16)
+    assert (manifest.content, manifest.encoding["fingerprint"]) == ("text", encoder.fingerprint())
+    index = Index.load(tiny.shards, "train")
+    reader = ClipReader(index, fps=None, cache_bytes=0)
+    captions = {index.key(sample): reader.words(sample)[0] for sample in range(len(index))}
+    for path in (tmp_path / "text").glob("train-*.tar"):
+        for sample in webdataset.WebDataset(str(path), shardshuffle=False):
+            text, expected = load(sample["text.safetensors"]), encoder(captions.pop(sample["__key__"]))
+            np.testing.assert_array_equal(text["features"], expected.features.numpy())
+            np.testing.assert_array_equal(text["mask"], expected.mask.numpy())
+    assert not captions
+    assert sora_data([*words, f"vae_from={tiny.vae}"]) == 2
+    assert sora_data([word.replace("16", "8") for word in words]) == 2
+    errors = capsys.readouterr().err
+    assert "vae_from: name the VAE" in errors
+    assert "holds what was made with another fingerprint" in errors

@@ -482,6 +482,16 @@ class InspectConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class ScalingConfig:
+    """`sora-lite scaling`: fit the validation loss of a sweep of model sizes against the FLOPs of their training."""
+
+    runs: str = MISSING
+    """Pattern of the sweep's run folders, such as 'runs/scaling_*'. The largest is held out and predicted."""
+    out: str = "scaling"
+    """Folder for scaling.png and scaling.json."""
+
+
+@dataclass(kw_only=True, slots=True)
 class DemoConfig:
     """`sora-lite demo`: the whole way on moving handwritten digits, from rendering to evaluation."""
 
@@ -504,6 +514,7 @@ ROOTS: dict[str, type] = {
     "export": ExportConfig,
     "evaluate": EvaluateConfig,
     "inspect": InspectConfig,
+    "scaling": ScalingConfig,
     "demo": DemoConfig,
 }
 

@@ -16,6 +16,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "generate": ("generate", "make clips from an exported model"),
     "evaluate": ("evaluate", "measure a model of a labelled data set with classifiers trained on real clips"),
     "inspect": ("inspect", "parameters and FLOPs of a model, without building it"),
+    "scaling": ("scaling", "the power law of a sweep's validation loss, and what it predicts"),
     "submit": ("submit", "submit a training job to Slurm"),
 }
 """Verb: (module of `sora_lite.cli`, one line of help). A module has `main(config)`; that of `submit`, which

@@ -118,6 +118,7 @@ class Trainer:
         self.wandb_id: str | None = None
         self.tracker: Tracker | None = None
         self.seen = self.bad = 0
+        self.flops = 0
         self.finished = False
         self.step = self._resume()
         # Only now: a command that is refused leaves no folder, and the record of what was trained as it is.
@@ -190,7 +191,9 @@ class Trainer:
             self.seen += clips
             clock.clips += clips
             clock.tokens += clips * self.objective.tokens(*shape)
-            clock.flops += 3 * clips * self._forward_flops(shape)
+            flops = 3 * clips * self._forward_flops(shape)
+            clock.flops += flops
+            self.flops += flops
         for one in bad:
             self._say(f"{one.shard}: sample {one.key} replaced: {one.reason}", everyone=True)
         means.add("bad_samples", len(bad), 1.0)
@@ -218,6 +221,7 @@ class Trainer:
             "tflops_per_device": speed / 1e12,
             "mfu": speed / self._peak,
             "data_wait": clock.waited / seconds,
+            "flops": self.flops,
         }
         passes = self.loader.order.passes(self.step - 1)
         values |= {"pass": passes[0]} if len(passes) == 1 else {f"pass_{i}": one for i, one in enumerate(passes)}
@@ -234,7 +238,7 @@ class Trainer:
         with self.engine.swapped(self.ema):
             values = self.objective.validate(self.engine, self.validation)
         if self.tracker:
-            self.tracker.log(self.step, values)
+            self.tracker.log(self.step, values | {"flops": self.flops})
 
     def _sample(self) -> None:
         if self.validation.count == 0:
@@ -258,6 +262,7 @@ class Trainer:
             "objective": self.objective.state(),
             "wandb_id": self.rank.gather(self.tracker.wandb_id if self.tracker else self.wandb_id)[0],
             "finished": self.finished,
+            "flops": self.flops,
             "clip": list(self.loader.order.buckets[0].shape),
             "fps": self.config.data.fps or 0.0,
         }
@@ -288,6 +293,7 @@ class Trainer:
         self.loader.begin_order(self.facts.data.first_step)
         self.wandb_id = state["extra"]["wandb_id"]
         self.finished = state["extra"]["finished"]
+        self.flops = state["extra"]["flops"]
         self._say(f"{self.folder}: goes on from step {state['step']}")
         return int(state["step"])
 

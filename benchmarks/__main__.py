@@ -1,15 +1,16 @@
-"""`python -m benchmarks [cuts|decoding|order|packing|reading|step ...]`: print tables, all by default, in CPU time."""
+"""`python -m benchmarks [TABLE ...]`: print tables, all by default, in CPU time."""
 
 import os
 import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
-from benchmarks import cuts, decoding, order, packing, reading, step
+from benchmarks import cuts, decoding, loading, order, packing, reading, step
 
 TABLES = {
     "cuts": cuts.main,
     "decoding": decoding.main,
+    "loading": loading.main,
     "order": order.main,
     "packing": packing.main,
     "reading": reading.main,

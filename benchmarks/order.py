@@ -58,6 +58,10 @@ def write_set(folder: Path, samples: int, seed: int) -> None:
             "json_offset": ends - 3000,
             "json_size": np.full(n, 900),
             "json_crc32c": rng.integers(0, 2**32, n, dtype=np.uint32),
+            "text_offset": np.zeros(n, dtype=np.int64),
+            "text_size": np.zeros(n, dtype=np.int64),
+            "text_crc32c": np.zeros(n, dtype=np.uint32),
+            "label": np.full(n, -1, dtype=np.int32),
             "frames": rng.choice(np.array([1, 20, 60, 120], dtype=np.int32), n),
             "height": size[:, 0],
             "width": size[:, 1],
@@ -89,7 +93,7 @@ def measure(folder: Path, first: int) -> dict[str, float]:
     before = time.perf_counter()
     index = open_index([folder / "a", folder / "b"], "train")
     opened = time.perf_counter()
-    buckets = open_buckets(index, ROWS, None)
+    buckets = open_buckets(index, ROWS)
     order = Order(buckets, seed=0, block_shards=8, set_shards=index.set_shards, weights=WEIGHTS, image_ratio=0.2)
     order.fingerprint()
     ready = time.perf_counter()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.config import DataConfig, help_text, parse
+from data_tools.config import DataConfig, IndexConfig, help_text, parse
 from data_tools.encode import EncodeConfig
 from sora_lite.cli import run_verb
 from sora_lite.errors import UserError
@@ -39,6 +39,8 @@ class Verb:
     """What stands before the settings."""
     settings: type | None = DataConfig
     """None: further words instead."""
+    more: str = "KEY=VALUE"
+    """How the help calls what follows."""
 
 
 STAGES = {
@@ -70,6 +72,12 @@ VERBS = {
         words=["SHARDS", "OUT"],
         settings=EncodeConfig,
     ),
+    "index": Verb(
+        line="make shards of others trainable, without changing them: an index beside them, or in OUT",
+        words=["SHARDS"],
+        settings=IndexConfig,
+        more="[OUT] KEY=VALUE",
+    ),
     "quarantine": Verb(line="list what could not be used, or let it be tried again", words=["list|retry", "SHARDS"]),
     "remove": Verb(
         line="take clips (by key) or sources (16 digits) down: readers leave them out from now on",
@@ -93,7 +101,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _call(verb: str, words: list[str], rest: list[str]) -> None:
-    last = Path(words[-1])
+    last, out = Path(words[-1]), None
+    if verb == "index" and rest and "=" not in rest[0]:
+        out, rest = Path(rest[0]), rest[1:]
     settings: Any = parse(schema, rest) if (schema := VERBS[verb].settings) else None
     if verb in STAGES or verb in ("run", "report"):
         _stage(verb, words, last, settings, rest)
@@ -107,6 +117,10 @@ def _call(verb: str, words: list[str], rest: list[str]) -> None:
             from data_tools.encode import encode
 
             encode(Path(words[0]), last, settings)
+        case "index":
+            from data_tools.index_tars import index
+
+            index(last, out or last, settings)
         case "quarantine":
             from data_tools import quarantine
             from data_tools.job import Job
@@ -170,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         for word in verb.words:
             one.add_argument("words", action=_Append, choices=word.split("|") if "|" in word else None, metavar=word)
-        one.add_argument("rest", nargs="*", default=[], metavar="KEY=VALUE" if verb.settings else "KEY")
+        one.add_argument("rest", nargs="*", default=[], metavar=verb.more if verb.settings else "KEY")
     return parser
 
 

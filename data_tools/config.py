@@ -337,6 +337,27 @@ def refuse(settings: Any, rules: list[tuple[bool, str, str]]) -> None:
             raise UserError(f"{key}={value}: {rule}.")
 
 
+@dataclass(kw_only=True, slots=True)
+class IndexConfig:
+    """`sora-data index`."""
+
+    validation_fraction: float = 0.05
+    """Part of the sources that is held out, by a hash of their names."""
+    source_field: str = "url"
+    """Field of KEY.json that names what a sample was cut from: those of one source stay on one side of the split. A
+    sample that has no such field is a source of its own."""
+    workers: int | None = None
+    """Processes; null takes one per core, 0 works in this one (where a file that crashes a decoder ends all)."""
+    stall_seconds: float = 60.0
+    """A worker that shows no progress for so long is killed; a second time, its sample is left out."""
+    memory_mb: int = 4096
+    """Memory in MiB that a worker may take beyond what it starts with."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.validation_fraction < 1:
+            raise UserError(f"validation_fraction={self.validation_fraction}: must lie in [0, 1).")
+
+
 def plain(settings: Any) -> dict[str, Any]:
     """Settings as JSON's types: names of enum members for the members."""
 

@@ -68,7 +68,7 @@ class EncodeConfig(WorkConfig):
     buckets: list[BucketRule] = field(default_factory=list)
     """Bucket table, as `data.buckets` in training: a clip is encoded at the size of its row. `batch` plays no part."""
     fps: float | None = None
-    """Frames per second, as `data.fps` in training; null keeps each clip's own rate."""
+    """Frames per second, as `data.fps` in training, for rows that name none; null keeps each clip's own rate."""
     batch: int | None = None
     """Clips that are encoded at a time; null takes as many as some GiB of activations allow."""
     device: str | None = None
@@ -112,7 +112,12 @@ class EncodeConfig(WorkConfig):
     def rows(self) -> list[Row]:
         """The bucket table."""
         return [
-            Row(shape=(rule.frames, rule.resolution[0], rule.resolution[1]), keep=rule.keep, batch=1)
+            Row(
+                shape=(rule.frames, rule.resolution[0], rule.resolution[1]),
+                keep=rule.keep,
+                batch=1,
+                fps=rule.fps or self.fps,
+            )
             for rule in self.buckets
         ]
 
@@ -128,6 +133,8 @@ def encode(folder: Path, out: Path, config: EncodeConfig) -> None:
     clips = load_manifest(folder)
     if clips.content != "clips":
         raise UserError(f"{folder}: holds {clips.content}, which cannot be encoded; name a folder of clips.")
+    if clips.root is not None:
+        raise UserError(f"{folder}: is an index of shards of others, which have no latents; pack their videos first.")
     encoding = text_encoding(config) if config.content == "text" else latent_encoding(config)
     with locked(out), locked(out / ".work"):
         if (out / MANIFEST).exists():
@@ -166,8 +173,8 @@ def latent_encoding(config: EncodeConfig) -> dict[str, Any]:
             vae.latent_shape(*row.shape)
         except ValueError as error:
             raise UserError(f"buckets[{i}]: {error}; change its resolution or frames.") from None
-    table = [[*row.shape, row.keep] for row in config.rows()]
-    return {"fingerprint": contract.vae_fingerprint, "vae": contract.run, "fps": config.fps, "buckets": table}
+    table = [[*row.shape, row.keep, row.fps] for row in config.rows()]
+    return {"fingerprint": contract.vae_fingerprint, "vae": contract.run, "buckets": table}
 
 
 def text_encoding(config: EncodeConfig) -> dict[str, Any]:
@@ -204,8 +211,7 @@ def _unit(folder: Path, out: Path, entry: ShardEntry, config: EncodeConfig) -> U
         "content": config.content,
         "from": str(Path(config.vae_from or config.text_from or "").absolute()),
         "max_tokens": config.max_tokens,
-        "buckets": [[*row.shape, row.keep] for row in config.rows()],
-        "fps": config.fps,
+        "buckets": [[*row.shape, row.keep, row.fps] for row in config.rows()],
         "batch": config.batch,
         "device": config.device,
     }
@@ -230,7 +236,7 @@ def work(task: Task) -> Rows:
 
     folder, out, entry = Path(task["folder"]), Path(task["out"]), ShardEntry(**task["entry"])
     index = Index.of([folder], [replace(load_manifest(folder), shards=[entry])], entry.split)
-    reader = ClipReader(index, fps=task["fps"], cache_bytes=0)
+    reader = ClipReader(index, cache_bytes=0)
     damaged: list[str] = []
     encoded = _latents(reader, task, damaged) if task["content"] == "latents" else _texts(reader, task, damaged)
     with tempfile.TemporaryDirectory(prefix="attempt-", dir=out / ".work") as attempt:
@@ -254,18 +260,18 @@ def _latents(reader: "ClipReader", task: Task, damaged: list[str]) -> Iterator[S
 
     index, device = reader.index, _device(task["device"])
     vae = _vae(task["from"], str(device))
-    rows = [Row(shape=(t, h, w), keep=keep, batch=1) for t, h, w, keep in task["buckets"]]
+    rows = [Row(shape=(t, h, w), keep=keep, batch=1, fps=fps) for t, h, w, keep, fps in task["buckets"]]
     sizes = {"frames": index.frames, "height": index.height, "width": index.width, "own_fps": index.fps}
-    chosen = choose(rows, keys=index.keys, **sizes, fps=task["fps"])
+    chosen = choose(rows, keys=index.keys, **sizes)
     for number, row in enumerate(rows):
         samples = np.flatnonzero(chosen == number).tolist()
         at_once = task["batch"] or clips_at_once(*row.shape)
-        for batch in _read_ahead(reader, samples, row.shape, at_once, device):
+        for batch in _read_ahead(reader, samples, row, at_once, device):
             good = []
             for sample, future in batch:
                 beat()
                 try:
-                    good.append((sample, future.result(), reader.meta(sample)))
+                    good.append((sample, future.result(), _meta(reader, sample)))
                 except (DamagedSample, BadVideo) as error:
                     damaged.append(f"{index.key(sample)}: {error}")
             if not good:
@@ -276,7 +282,7 @@ def _latents(reader: "ClipReader", task: Task, damaged: list[str]) -> Iterator[S
             mean, logvar = posterior.mean.float().cpu().numpy(), posterior.logvar.float().cpu().numpy()
             beat()
             for i, (sample, _, meta) in enumerate(good):
-                rate = task["fps"] or float(index.fps[sample])
+                rate = row.fps or float(index.fps[sample])
                 latent = Latent(mean=mean[i], logvar=logvar[i])
                 made_of = int(index.crc32c[sample])
                 yield latent_sample(index.key(sample), latent, meta, shape=row.shape, fps=rate, clip_crc32c=made_of)
@@ -289,7 +295,7 @@ def _texts(reader: "ClipReader", task: Task, damaged: list[str]) -> Iterator[Sam
     for sample in range(len(index)):
         beat()
         try:
-            captions, meta = reader.words(sample)[0], reader.meta(sample)
+            captions, meta = reader.captions(sample), _meta(reader, sample)
         except DamagedSample as error:
             damaged.append(f"{index.key(sample)}: {error}")
             continue
@@ -301,15 +307,20 @@ def _texts(reader: "ClipReader", task: Task, damaged: list[str]) -> Iterator[Sam
             yield text_sample(index.key(sample), arrays, meta, clip_crc32c=int(index.crc32c[sample]))
 
 
+def _meta(reader: "ClipReader", sample: int) -> dict[str, Any]:
+    """A clip's JSON, with its captions wherever they stand."""
+    return reader.meta(sample) | {"captions": reader.captions(sample)}
+
+
 def _read_ahead(
-    reader: "ClipReader", samples: list[int], shape: tuple[int, int, int], at_once: int, device: "torch.device"
+    reader: "ClipReader", samples: list[int], row: Row, at_once: int, device: "torch.device"
 ) -> "Iterator[list[tuple[int, Future[Clip]]]]":
     """Batches of clips being read; beside a GPU, all cores read the batch after the one that is in use."""
     parts = [samples[start : start + at_once] for start in range(0, len(samples), at_once)]
     with ThreadPoolExecutor(1 if device.type == "cpu" else os.cpu_count()) as pool:
         batches = []
         for part in parts:
-            batches.append([(sample, pool.submit(reader.read, sample, shape)) for sample in part])
+            batches.append([(sample, pool.submit(reader.read, sample, row.shape, row.fps)) for sample in part])
             if len(batches) > 1:
                 yield batches.pop(0)
         yield from batches

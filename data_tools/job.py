@@ -171,6 +171,7 @@ class Job:
         if not (self.folder / MANIFEST).exists():
             return Manifest(config_hash=self.config.hash())
         manifest = Manifest.load(self.folder)
+        manifest.refuse_others(self.folder)
         if manifest.config_hash != self.config.hash():
             raise UserError(
                 f"{self.folder}: holds shards that were made with other settings; give the same settings, or name "
@@ -211,6 +212,7 @@ class Job:
         if not (self.folder / MANIFEST).exists():
             return found
         manifest = Manifest.load(self.folder)
+        manifest.refuse_others(self.folder)
         found.removed_keys, found.removed_sources = set(manifest.removed_keys), set(manifest.removed_sources)
         found.removed_frames = set(manifest.removed_frames)
         if not manifest.shards:

@@ -188,7 +188,7 @@ def pack(
             encoded.close()
             shards.discard()
     quarantine(plan, table.read(), "encode")
-    packed = {key for entry in manifest.pending for key in read_index(folder, entry)["key"].to_pylist()}
+    packed = {key for entry in manifest.pending for key in read_index(folder, manifest, entry)["key"].to_pylist()}
     if packed != {clip.key for clip in plan.left()}:
         raise RuntimeError(f"{folder}: what was packed is not what was planned")
 
@@ -197,7 +197,7 @@ def _reconsider(manifest: Manifest, plan: Plan, folder: Path) -> None:
     """Give up pending shards that hold what the plan has elsewhere or nowhere: sources changed since they were made."""
     wanted = {clip.key: plan.splits[clip.media.sha256] for clip in plan.left()}
     for entry in manifest.pending:
-        if any(wanted.get(key) != entry.split for key in read_index(folder, entry)["key"].to_pylist()):
+        if any(wanted.get(key) != entry.split for key in read_index(folder, manifest, entry)["key"].to_pylist()):
             manifest.pending = []
             manifest.save(folder)
             return
@@ -224,7 +224,9 @@ class _Shards:
         self.folder, self.manifest, self.parts = folder, manifest, parts
         self.limit = config.pack.shard_mb * 2**20
         self.writers: dict[str, ShardWriter] = {}
-        self.committed = {key for one in manifest.pending for key in read_index(folder, one)["key"].to_pylist()}
+        self.committed = {
+            key for one in manifest.pending for key in read_index(folder, manifest, one)["key"].to_pylist()
+        }
 
     def add(self, sample: Sample, split: str) -> None:
         """Append a clip to the shard of its split, which is closed before it grows too large."""

@@ -16,7 +16,7 @@ def remove(folder: Path, names: list[str]) -> None:
     Later packing leaves them out too. Raises UserError, and changes nothing, if the shards hold no such clip or source.
     """
     manifest = Manifest.load(folder)
-    tables = [read_index(folder, entry) for entry in manifest.shards]
+    tables = [read_index(folder, manifest, entry) for entry in manifest.shards]
     keys = {key for table in tables for key in table["key"].to_pylist()}
     sources = {source for table in tables for source in table["source"].to_pylist()}
     if unknown := [name for name in names if name not in keys and name not in sources]:
@@ -24,7 +24,8 @@ def remove(folder: Path, names: list[str]) -> None:
             f"{unknown[0]}: {folder} holds no clip and no source of this name; a clip's key is its file's name in the "
             "shard, a source's are the 16 digits that its clips' keys begin with."
         )
-    frames = {_frames_hash(folder, entry, source) for entry in manifest.shards for source in names if source in sources}
+    wanted = [name for name in names if name in sources]
+    frames = {_frames_hash(folder, manifest, entry, source) for entry in manifest.shards for source in wanted}
     manifest.removed_frames = sorted({*manifest.removed_frames, *(one for one in frames if one)})
     manifest.removed_keys = sorted({*manifest.removed_keys, *(name for name in names if name in keys)})
     manifest.removed_sources = sorted({*manifest.removed_sources, *(name for name in names if name in sources)})
@@ -34,11 +35,11 @@ def remove(folder: Path, names: list[str]) -> None:
     print(f"{folder}: {before - left} of {before} clips are taken down; `sora-data compact {folder}` frees their space")
 
 
-def _frames_hash(folder: Path, entry: ShardEntry, source: str) -> str:
+def _frames_hash(folder: Path, manifest: Manifest, entry: ShardEntry, source: str) -> str:
     """Of a source with a sample in the shard; empty if it has none there."""
-    for row in read_index(folder, entry).to_pylist():
+    for row in read_index(folder, manifest, entry).to_pylist():
         if row["source"] == source:
-            with ShardReader(folder / entry.path) as reader:
+            with ShardReader(manifest.shard_path(folder, entry)) as reader:
                 try:
                     meta = reader.read_json(row["json_offset"], row["json_size"], row["json_crc32c"])
                     return str(meta["source"].get("frames_hash", ""))
@@ -54,15 +55,16 @@ def compact(folder: Path) -> None:
     was taken down stays, so that it is never packed again.
     """
     manifest = Manifest.load(folder)
+    manifest.refuse_others(folder)
     _delete_strangers(folder, manifest)
     fresh: list[ShardEntry] = []
     freed = 0
     gone = {split: set(Index.load(folder, split).removed) for split in manifest.splits}
     for entry in tqdm(manifest.shards, desc="compact", unit="shard", mininterval=0.5):
-        if not gone[entry.split].intersection(read_index(folder, entry)["key"].to_pylist()):
+        if not gone[entry.split].intersection(read_index(folder, manifest, entry)["key"].to_pylist()):
             fresh.append(entry)
             continue
-        rewritten = _without(folder, entry, gone[entry.split])
+        rewritten = _without(folder, manifest, entry, gone[entry.split])
         freed += entry.bytes - (rewritten.bytes if rewritten else 0)
         fresh += [rewritten] if rewritten else []
     manifest.shards = fresh
@@ -71,12 +73,12 @@ def compact(folder: Path) -> None:
     print(f"{folder}: {freed / 2**20:,.1f} MiB freed; runs that train on it will ask for a new start of their data")
 
 
-def _without(folder: Path, entry: ShardEntry, gone: set[str]) -> ShardEntry | None:
+def _without(folder: Path, manifest: Manifest, entry: ShardEntry, gone: set[str]) -> ShardEntry | None:
     """A new shard with the rest of the samples; None if there is none. Raises UserError if one cannot be read."""
     stem, _, edition = entry.path.removesuffix(".tar").partition(".")
     path = folder / f"{stem}.{int(edition or 0) + 1}.tar"
     with ShardReader(folder / entry.path) as reader, ShardWriter(path, entry.split) as writer:
-        for row in read_index(folder, entry).to_pylist():
+        for row in read_index(folder, manifest, entry).to_pylist():
             if row["key"] in gone:
                 continue
             try:

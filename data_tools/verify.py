@@ -12,8 +12,8 @@ from tqdm import tqdm
 from data_tools.pool import Rows, Task, beat, run_tasks
 from data_tools.sources import printable
 from sora_lite.data.index import read_index
-from sora_lite.data.shards import DamagedSample, Manifest, ShardEntry, ShardReader, check_key
-from sora_lite.data.video import BadVideo, probe
+from sora_lite.data.shards import NO_LABEL, DamagedSample, Manifest, ShardEntry, ShardReader, captions_of, check_key
+from sora_lite.data.video import BadVideo, probe, shown_size
 from sora_lite.errors import UserError
 
 
@@ -28,13 +28,13 @@ def verify(folder: Path, workers: int | None = None) -> None:
     tasks: list[tuple[str, Task]] = []
     for entry in manifest.shards:
         try:
-            index = read_index(folder, entry)
+            index = read_index(folder, manifest, entry)
         except UserError as error:
             problems.append(str(error))
             continue
         keys.update(index["key"].to_pylist())
         sources.setdefault(entry.split, set()).update(index["source"].to_pylist())
-        tasks.append((entry.path, {"folder": str(folder), "entry": asdict(entry)}))
+        tasks.append((entry.path, {"folder": str(folder), "root": manifest.root, "entry": asdict(entry)}))
     problems += [f"key {key} stands in the index {count} times" for key, count in keys.items() if count > 1]
     for source in sorted(sources.get("train", set()) & sources.get("validation", set())):
         problems.append(f"source {source} is in both train and validation")
@@ -54,42 +54,45 @@ def verify(folder: Path, workers: int | None = None) -> None:
 def check_shard(task: Task) -> Rows:
     """All faults of one shard, in words. Nothing of it is written anywhere, whatever its members are called."""
     folder, entry = Path(task["folder"]), ShardEntry(**task["entry"])
-    path, faults = folder / entry.path, []
+    manifest = Manifest(config_hash="", root=task["root"])
+    path, faults, of_others = manifest.shard_path(folder, entry), [], manifest.root is not None
     with path.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
             faults.append("SHA-256 differs from the manifest's")
-    rows = read_index(folder, entry).to_pylist()
+    rows = read_index(folder, manifest, entry).to_pylist()
+    parts = [(row, *part) for row in rows for part in ((row["ext"], "media"), ("json", "json"), ("txt", "text"))]
     expected = [
-        member
-        for row in rows
-        for member in (
-            (f"{row['key']}.{row['ext']}", row["media_offset"], row["media_size"], True),
-            (f"{row['key']}.json", row["json_offset"], row["json_size"], True),
-        )
+        (None if of_others else f"{row['key']}.{ext}", row[f"{what}_offset"], row[f"{what}_size"], True)
+        for row, ext, what in parts
+        if row[f"{what}_size"]
     ]
     try:
         with tarfile.open(path, "r:") as tar:
-            if [(member.name, member.offset_data, member.size, member.isreg()) for member in tar] != expected:
+            members = [(None if of_others else one.name, one.offset_data, one.size, one.isreg()) for one in tar]
+            if (not set(expected) <= set(members)) if of_others else (expected != members):
                 faults.append("its members are not those of the index")
     except tarfile.TarError as error:
         faults.append(f"not a tar ({error})")
     with ShardReader(path) as reader:
         for row in rows:
             beat()
-            if fault := _check_sample(reader, row):
+            if fault := _check_sample(reader, row, of_others=of_others):
                 faults.append(f"{row['key']}: {fault}")
     return [{"fault": fault} for fault in faults]
 
 
-def _check_sample(reader: ShardReader, row: dict[str, Any]) -> str:
+def _check_sample(reader: ShardReader, row: dict[str, Any], *, of_others: bool) -> str:
     """What is wrong with a sample, or nothing."""
     try:
+        captions_of(reader, row)
+        facts = probe(reader.read(row["media_offset"], row["media_size"], row["crc32c"]), beat=beat)
+        if of_others:
+            found = (facts.frames, *shown_size(facts))
+            return "" if found == (row["frames"], row["height"], row["width"]) else f"decodes to {found}"
         check_key(row["key"])
-        media = reader.read(row["media_offset"], row["media_size"], row["crc32c"])
         meta = reader.read_json(row["json_offset"], row["json_size"], row["json_crc32c"])
-        facts = probe(media, beat=beat)
         promised = (meta["frames"], meta["height"], meta["width"], 3), meta["fps"], meta["source"]["sha256"][:16]
-        captions, label = list(meta.get("captions", [])), meta.get("label", 0)
+        label = meta.get("label", NO_LABEL)
     except (KeyError, TypeError) as error:
         return f"its JSON lacks what it must hold ({type(error).__name__}: {error})"
     except (DamagedSample, BadVideo, ValueError, OSError, OverflowError) as error:
@@ -97,6 +100,5 @@ def _check_sample(reader: ShardReader, row: dict[str, Any]) -> str:
     shape = (row["frames"], row["height"], row["width"], 3)
     if (facts.frames, facts.height, facts.width, 3) != shape:
         return f"decodes to {(facts.frames, facts.height, facts.width, 3)}, the index says {shape}"
-    if not isinstance(label, int) or not all(isinstance(caption, str) for caption in captions):
-        return "its captions are no texts, or its label is no number"
-    return "" if promised == (shape, row["fps"], row["source"]) else "its JSON and the index differ"
+    same = promised == (shape, row["fps"], row["source"]) and label == row["label"]
+    return "" if same else "its JSON and the index differ"

@@ -12,7 +12,7 @@ import inspect
 import math
 import textwrap
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, StrEnum
 from functools import cache
 
 from hydra.core.config_store import ConfigStore
@@ -69,6 +69,72 @@ class Decoder(Enum):
     decord = "decord"
 
 
+class Positions(StrEnum):
+    """How a token knows its place: rotary positions over (t, h, w), or fixed sines and cosines added to the tokens."""
+
+    rope = "rope"
+    sincos = "sincos"
+
+
+class Attention(StrEnum):
+    """Which tokens attend to each other: all; or in turn those of a frame and those of a place (Latte)."""
+
+    full = "full"
+    factorised = "factorised"
+
+
+class QKNorm(StrEnum):
+    """What the root mean square norm of queries and keys spans: a head, the full width (Wan), or nothing."""
+
+    head = "head"
+    full = "full"
+    none = "none"
+
+
+class Modulation(StrEnum):
+    """adaLN-Zero with a layer in each block, or one shared layer with offsets in each block (PixArt, Wan)."""
+
+    per_block = "per_block"
+    shared = "shared"
+
+
+class Gelu(StrEnum):
+    """Exact GELU, or its tanh form (the paper, Wan), which is 4 times slower on CPUs."""
+
+    erf = "erf"
+    tanh = "tanh"
+
+
+class TextAttention(StrEnum):
+    """Text is read by cross-attention, or goes along with the video tokens in joint blocks (MMDiT)."""
+
+    cross = "cross"
+    joint = "joint"
+
+
+class PositionScaling(StrEnum):
+    """What to do about positions beyond those of training: nothing, linear interpolation, or NTK-aware scaling."""
+
+    none = "none"
+    linear = "linear"
+    ntk = "ntk"
+
+
+class Layout(StrEnum):
+    """Files of an export: this project's, or those of diffusers (DiT, Latte and Wan models)."""
+
+    sora_lite = "sora_lite"
+    diffusers = "diffusers"
+
+
+class BatchBy(Enum):
+    """What the micro-steps of all buckets have alike, as near as whole batches come: tokens, or FLOPs of the configured
+    models (forward and backward, and the frozen VAE's encoder), so that steps take about the same time."""
+
+    tokens = "tokens"
+    flops = "flops"
+
+
 class Format(Enum):
     """How a verb prints its table: for people or for machines."""
 
@@ -114,11 +180,13 @@ class BucketRule:
     resolution: list[int] = MISSING
     """[height, width] in pixels."""
     frames: int = MISSING
-    """Frames per clip at `data.fps`: 4k+1 for a VAE that compresses time by 4; 1 is a still image."""
+    """Frames per clip at its fps: 4k+1 for a VAE that compresses time by 4; 1 is a still image."""
     keep: float = 1.0
     """Fraction (chosen by key) of the fitting samples that go here; the others try the next row."""
+    fps: float | None = None
+    """Frames per second of these clips; by default `data.fps`."""
     batch: int | None = None
-    """Samples in a global micro-step; by default from `data.batch_tokens`."""
+    """Samples in a global micro-step; by default from `data.batch_tokens` and `data.batch_by`."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -150,9 +218,13 @@ class DataConfig:
     fps: float | None = None
     """Frames per second that the model sees; null keeps each clip's own rate."""
     buckets: list[BucketRule] = MISSING
-    """Bucket table. A sample goes to the first row that it is long enough for, nearest in aspect ratio."""
+    """Bucket table. A sample goes to the first row that it is long enough for and that does not enlarge it by more than
+    a quarter, nearest in aspect ratio. `sora-data buckets` proposes one."""
     batch_tokens: int = 32_768
-    """Tokens (of a VAE: latent cells) in a global micro-step over all ranks, for rows that do not name a batch."""
+    """Tokens (of a VAE: latent cells) in a global micro-step of the first row over all ranks; `batch_by` says what the
+    others have in common with it. Rows may name a batch instead."""
+    batch_by: BatchBy = BatchBy.tokens
+    """What the batches of all rows have alike: tokens, or flops (long clips then come in smaller batches)."""
     divisor: int = 8
     """Batches are multiples of this, so that any rank count dividing it can run or resume the run."""
     block_shards: int = 8
@@ -335,12 +407,38 @@ class DiTConfig:
     """Hidden width of the MLP, in token widths."""
     patch: list[int] = field(default_factory=lambda: [1, 2, 2])
     """Latent cells (frames, height, width) in one token."""
+    positions: Positions = Positions.rope
+    """Rotary, or fixed sines and cosines: 2-D for a still image, 3-D for more frames."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""
+    attention: Attention = Attention.full
+    """Over all tokens, or factorised into frames and time."""
+    qk_norm: QKNorm = QKNorm.head
+    """Norm of queries and keys."""
+    modulation: Modulation = Modulation.per_block
+    """Where the layer is that turns time, label and pooled text into shifts, scales and gates."""
+    gelu: Gelu = Gelu.erf
+    """Activation of the MLPs."""
     num_classes: int = 0
     """Number of class labels; 0 for a model without labels."""
     text: TextConfig | None = field(default_factory=TextConfig)
-    """Text encoder; null for a model without text."""
+    """Encoder over bytes, trained along; null for a model without it."""
+    text_features: int = 0
+    """Width of the features of a frozen text encoder (T5: 4096), read instead of bytes; 0 for none."""
+    text_tokens: int = 0
+    """0 masks the padding of text features; else they are padded with zeros to so many, which are attended to (Wan)."""
+    text_attention: TextAttention = TextAttention.cross
+    """How blocks read text."""
+    cross_norm: bool = True
+    """A layer norm before the cross-attention to text."""
+    pooled_features: int = 0
+    """Width of pooled text features (CLIP: 768) that join time and label; 0 for none."""
+    learn_variance: bool = False
+    """Predict twice the channels: the second half is the variance of the reverse step (with diffusion=ddpm)."""
+    frame_conditions: bool = False
+    """Read given frames: image to video, extension, interpolation."""
+    time_frequencies: int = 128
+    """Frequencies over which a time embedding falls to 1/10000: 128; 127 in diffusers' DiTTransformer2DModel."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -426,6 +524,8 @@ class GenerateConfig:
     """[height, width]; by default as in training (the first bucket)."""
     fps: float | None = None
     """Frames per second of the files; by default as in training."""
+    position_scaling: PositionScaling = PositionScaling.none
+    """For clips larger than in training (the first bucket): how positions are brought into the trained range."""
     shards: str | None = None
     """Shards whose held-out clips the page shows beside the generations."""
     run: str | None = None
@@ -593,6 +693,7 @@ def _check_run(config: BaseTrainConfig) -> None:
         _require(len(rule.resolution) == 2, f"{key}.resolution", f"must be [height, width], not {rule.resolution}")
         _require(min(rule.resolution) >= 1, f"{key}.resolution", f"must be at least 1 pixel, not {rule.resolution}")
         _require(rule.frames >= 1, f"{key}.frames", f"must be at least 1, not {rule.frames}")
+        _require(rule.fps is None or rule.fps > 0, f"{key}.fps", f"must be above 0, or null, not {rule.fps}")
         _require(0 < rule.keep <= 1, f"{key}.keep", f"is a fraction in (0, 1], not {rule.keep}")
         if rule.batch is not None:
             _require(rule.batch >= 1, f"{key}.batch", f"must be at least 1, not {rule.batch}")
@@ -654,15 +755,37 @@ def _check_sets(data: DataConfig) -> None:
 def _check_dit(model: DiTConfig) -> None:
     _require(model.width % model.heads == 0, "model.heads", f"{model.heads} does not divide model.width={model.width}")
     head = model.width // model.heads
-    _require(head % 2 == 0 and head >= 6, "model.heads", f"head width {head} must be even and at least 6 for 3-D RoPE")
+    if model.positions is Positions.rope:
+        _require(
+            head % 2 == 0 and head >= 6, "model.heads", f"head width {head} must be even and at least 6 for 3-D RoPE"
+        )
+    else:
+        _require(model.width % 4 == 0, "model.width", f"{model.width} must be a multiple of 4 for sines and cosines")
     if model.text is not None:
         text = model.text
         _require(text.width % text.heads == 0, "model.text.heads", f"{text.heads} does not divide {text.width}")
     _require(len(model.patch) == 3, "model.patch", f"must be [frames, height, width], not {model.patch}")
+    features = model.text_features > 0 or model.pooled_features > 0
     _require(
-        model.num_classes > 0 or model.text is not None,
+        model.num_classes > 0 or model.text is not None or features,
         "model.num_classes",
-        "the model has neither labels nor text; set model.num_classes or a model.text",
+        "the model has neither labels nor text; set model.num_classes, model.text or model.text_features",
+    )
+    _require(
+        model.text is None or not features,
+        "model.text_features",
+        "and model.pooled_features are instead of the encoder over bytes; set model.text=null",
+    )
+    _require(model.text_tokens == 0 or model.text_features > 0, "model.text_tokens", "needs model.text_features")
+    if model.text_attention is TextAttention.joint:
+        reads = model.text is not None or model.text_features > 0
+        _require(reads, "model.text_attention", "joint needs text; set model.text or model.text_features")
+        full = model.attention is Attention.full
+        _require(full, "model.text_attention", "joint needs model.attention=full; factorised blocks take cross")
+    even = model.attention is Attention.full or model.depth % 2 == 0
+    _require(even, "model.depth", f"{model.depth} must be even: factorised blocks come in pairs of frame and time")
+    _require(
+        model.time_frequencies in (127, 128), "model.time_frequencies", f"is 127 or 128, not {model.time_frequencies}"
     )
 
 

@@ -454,6 +454,8 @@ class Shards:
                 tar.addfile(member, io.BytesIO(content))
                 places.append((out.tell() - len(content) - -len(content) % 512, content))
         for i, row in enumerate(self.rows):
+            words = {"text_offset": 0, "text_size": 0, "text_crc32c": 0, "label": -1}
+            self.rows[i] = row = words | row
             for what, crc, place in (("media", "crc32c", 2 * i), ("json", "json_crc32c", 2 * i + 1)):
                 offset, content = places[place]
                 found = {f"{what}_offset": offset, f"{what}_size": len(content), crc: google_crc32c.value(content)}

@@ -29,7 +29,7 @@ def make_vae(folder: Path, shards: Path, *, seed: int) -> Path:
     torch.manual_seed(seed)
     architecture = asdict(compose("train_vae", ["experiment=tiny_vae", f"data.shards={shards}"]).vae)
     vae = CausalVAE(**architecture)
-    reader = ClipReader(Index.load(shards, "train"), fps=None, cache_bytes=0)
+    reader = ClipReader(Index.load(shards, "train"), cache_bytes=0)
     clips = np.stack([reader.read(sample, (17, 32, 32)).frames for sample in range(16)])
     with torch.no_grad():
         posterior = vae.encode(to_float(torch.from_numpy(clips).permute(0, 4, 1, 2, 3)))

@@ -35,7 +35,7 @@ def compose(root: str, overrides: list[str]) -> Any:
 
     Args:
         root: a key of `sora_lite.config.ROOTS`.
-        overrides: Hydra overrides, such as `run.steps=10` or `model=dit_s_2`.
+        overrides: Hydra overrides, such as `run.steps=10` or `model=video_s`.
 
     Raises:
         UserError: an unknown key or choice, a wrong type, a missing value, or a broken rule between fields.

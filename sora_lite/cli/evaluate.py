@@ -30,12 +30,12 @@ class LabelledClips:
 
     def __init__(self, shards: Path, split: str, attributes: list[str], contract: Contract) -> None:
         index = Index.load(shards, split)
-        reader = ClipReader(index, fps=contract.fps or None, cache_bytes=0)
+        reader = ClipReader(index, cache_bytes=0)
         shape = (contract.clip[0], contract.clip[1], contract.clip[2])
         clips, self.requests = [], []
         self.values: dict[str, list[str]] = {name: [] for name in attributes}
         for sample in tqdm(range(len(index)), desc=f"reading {split}", unit="clip", mininterval=1):
-            clip, extra = reader.read(sample, shape), reader.meta(sample).get("extra") or {}
+            clip, extra = reader.read(sample, shape, contract.fps or None), reader.meta(sample).get("extra") or {}
             for name in attributes:
                 if name not in extra:
                     known = ", ".join(sorted(extra)) or "none"

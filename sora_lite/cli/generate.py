@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from sora_lite.config import GenerateConfig
+from sora_lite.config import GenerateConfig, PositionScaling
 from sora_lite.data.index import Index
 from sora_lite.data.loader import ClipReader
 from sora_lite.data.shards import Manifest
@@ -16,7 +16,9 @@ from sora_lite.evaluation.page import PageClip, contact_sheet, loss_plot, write_
 from sora_lite.evaluation.record import RECORD
 from sora_lite.generation.export import Contract, load_dit
 from sora_lite.generation.pipeline import Pipeline, Request
-from sora_lite.models.patch import token_grid
+from sora_lite.models.dit import VideoDiT
+from sora_lite.models.patch import Grid, token_grid
+from sora_lite.models.positions import Scaling
 from sora_lite.parallel.env import local_device
 
 DEFAULT_FPS = 8.0
@@ -35,11 +37,27 @@ def main(config: GenerateConfig) -> None:
         token_grid(vae.latent_shape(*clip)[1:], dit.patch)
     except ValueError as error:
         raise UserError(f"frames, resolution: {error}; change them") from error
+    frames, height, width = contract.clip
+    trained = token_grid(vae.latent_shape(frames, height, width)[1:], dit.patch)
+    dit.scaling = scaling(config.position_scaling, trained, dit)
     generations = pipeline.generate(requests, clip=clip, sampling=config.sampling)
     clips = [video.numpy() for video in tqdm(generations, total=len(requests), desc="generating", unit="clip")]
     out = Path(config.out)
     write(out, requests, clips, config, contract)
     print(f"{len(clips)} clips in {out}; look at {out / 'index.html'}")
+
+
+def scaling(choice: PositionScaling, trained: Grid, dit: VideoDiT) -> Scaling | None:
+    """How a model treats positions outside of the grid of tokens that it was trained on.
+
+    Raises:
+        UserError: the model has no rotary positions, which alone know NTK-aware scaling.
+    """
+    if choice is PositionScaling.none:
+        return None
+    if choice is PositionScaling.ntk and dit.positions != "rope":
+        raise UserError("position_scaling: ntk is for rotary positions; this model has sincos, so take linear")
+    return Scaling(method="ntk" if choice is PositionScaling.ntk else "linear", grid=trained)
 
 
 def check(config: GenerateConfig) -> None:
@@ -117,13 +135,14 @@ def write(
 def _real_clips(out: Path, captions: set[str], shards: Path, contract: Contract, fps: float) -> list[PageClip]:
     """For each caption a held-out clip that has it, where there is one, at the model's size."""
     index = Index.load(shards, "validation")
-    reader = ClipReader(index, fps=contract.fps or None, cache_bytes=0)
+    reader = ClipReader(index, cache_bytes=0)
     frames, height, width = contract.clip
     found: dict[str, PageClip] = {}
     for sample in range(len(index)):
-        for caption in captions.intersection(reader.meta(sample).get("captions") or []) - found.keys():
+        for caption in captions.intersection(reader.captions(sample)) - found.keys():
             name = f"real_{sample:04d}.mp4"
-            write_mp4(out / name, reader.read(sample, (frames, height, width)).frames, fps)
+            clip = reader.read(sample, (frames, height, width), contract.fps or None)
+            write_mp4(out / name, clip.frames, fps)
             found[caption] = PageClip(file=name, caption=caption)
         if len(found) == len(captions):
             break

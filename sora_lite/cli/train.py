@@ -59,14 +59,16 @@ def describe(config: BaseTrainConfig, loader: ClipLoader) -> list[str]:
     """A line for each bucket, for each of several data sets, and for the samples that are in no bucket."""
     buckets = loader.order.buckets
     lines = [
-        "{} frames of {}x{}: {:,} samples, {} a batch".format(*bucket.shape, len(bucket.samples), bucket.batch)
+        "{} frames of {}x{}{}: {:,} samples, {} a batch".format(
+            *bucket.shape, f" at {bucket.fps:g} fps" if bucket.fps else "", len(bucket.samples), bucket.batch
+        )
         for bucket in buckets
     ]
     for number, row in enumerate(config.data.sets):
         samples, share = loader.order.set_samples[number], loader.order.set_share(number)
         lines.append(f"{row.shards}: {samples:,} samples in buckets, {share:.2%} of what is seen")
     if left := len(loader.index) - sum(len(bucket.samples) for bucket in buckets):
-        lines.append(f"left out, as too short for every bucket at data.fps: {left:,} samples")
+        lines.append(f"left out, as too short for every bucket: {left:,} samples")
     if loader.latents is not None:
         lines.append(
             "come as latents: {:,} of {:,} samples in buckets; the others are decoded".format(*loader.cached())

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from sora_lite.data.buckets import Bucket, Row, assign, choose, frames_at, refuse_empty
+from sora_lite.data.buckets import Bucket, Row, assign, choose, longest_at, refuse_empty
 from sora_lite.data.index import (
     BY_KEY,
     COLUMNS,
@@ -104,7 +104,7 @@ def open_index(
     )
 
 
-def open_buckets(index: Index, rows: Sequence[Row], fps: float | None) -> list[Bucket]:
+def open_buckets(index: Index, rows: Sequence[Row]) -> list[Bucket]:
     """The buckets of an index: mapped, and compiled first where that was not done yet; in memory where the index is.
 
     Raises:
@@ -112,16 +112,17 @@ def open_buckets(index: Index, rows: Sequence[Row], fps: float | None) -> list[B
     """
     if index.folder is None:
         columns = {argument: getattr(index, name) for argument, name in SIZES.items()}
-        return assign(rows, **columns, fps=fps, shard=index.shard)
-    table = [FORMAT, fps, [[*row.shape, row.keep] for row in rows]]
+        return assign(rows, **columns, shard=index.shard)
+    table = [FORMAT, [[*row.shape, row.keep, row.fps] for row in rows]]
     folder = index.folder / f"buckets-{hashlib.sha256(json.dumps(table).encode()).hexdigest()[:16]}"
     if not folder.is_dir():
-        build(folder, lambda partial: _compile_buckets(partial, folder.parent, index, rows, fps))
+        build(folder, lambda partial: _compile_buckets(partial, folder.parent, index, rows))
     digests = _read_json(folder / "buckets.json")["sha256"]
     return [
         Bucket(
             shape=row.shape,
             batch=row.batch,
+            fps=row.fps,
             digest=digest,
             **{name: map_column(folder / f"{name}_{number}.npy") for name in ("samples", "shards", "starts")},
         )
@@ -179,7 +180,11 @@ def _write_index(partial: Path, folders: Sequence[Location], manifests: Sequence
     entries = [entries_of(manifest, split) for manifest in manifests]
     together = [entry for some in entries for entry in some]
     meta = {
-        "names": [entry.path for entry in together],
+        "names": [
+            str(manifest.shard_path(Path(), entry))
+            for manifest, some in zip(manifests, entries, strict=True)
+            for entry in some
+        ],
         "bytes": [entry.bytes for entry in together],
         "sha256": [entry.sha256 for entry in together],
         "set_shards": [len(some) for some in entries],
@@ -190,18 +195,18 @@ def _write_index(partial: Path, folders: Sequence[Location], manifests: Sequence
     replace_file(partial / "index.json", to_json(meta))
 
 
-def _compile_buckets(partial: Path, index_folder: Path, index: Index, rows: Sequence[Row], fps: float | None) -> None:
+def _compile_buckets(partial: Path, index_folder: Path, index: Index, rows: Sequence[Row]) -> None:
     """Write the samples of each row, ascending, and where those of each shard begin."""
     writers = [ColumnWriter(partial / f"samples_{n}.npy", np.dtype(np.int64)) for n in range(len(rows))]
     digests = [hashlib.sha256() for _ in rows]
     held = np.zeros((len(rows), len(index.shard_paths)), dtype=np.int64)  # samples of a row in a shard
-    longest = 0
+    longest = np.zeros(len(rows), dtype=np.int64)
     for start in range(0, len(index), CHUNK):
         part = slice(start, start + CHUNK)
         # Mapped anew for each part, since pages that were read stay in memory as long as the mapping.
         sizes = {argument: map_column(index_folder / f"{name}.npy")[part] for argument, name in SIZES.items()}
-        chosen = choose(rows, **sizes, fps=fps)
-        longest = max(longest, int(frames_at(sizes["frames"], sizes["own_fps"], fps).max()))
+        chosen = choose(rows, **sizes)
+        longest = np.maximum(longest, longest_at(rows, sizes["frames"], sizes["own_fps"]))
         shard = map_column(index_folder / "shard.npy")[part]
         low = int(shard[0])
         for number in range(len(rows)):
@@ -213,7 +218,7 @@ def _compile_buckets(partial: Path, index_folder: Path, index: Index, rows: Sequ
             held[number, low : low + len(found)] += found
     for writer in writers:
         writer.close()
-    refuse_empty(rows, held.sum(axis=1), total=len(index), longest=longest, fps=fps)
+    refuse_empty(rows, held.sum(axis=1), total=len(index), longest=longest)
     for number in range(len(rows)):
         shards = np.flatnonzero(held[number]).astype(np.int64)
         starts = np.concatenate([[0], np.cumsum(held[number, shards])]).astype(np.int64)

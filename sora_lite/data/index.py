@@ -15,7 +15,16 @@ import pyarrow.parquet as pq
 
 from sora_lite.data.remote import Location, ReadCounts, Url, read_file
 from sora_lite.data.shard_cache import ShardCache, default_cache
-from sora_lite.data.shards import ENCODED, INDEX_SCHEMA, MEDIA, Manifest, ShardEntry, ShardReader
+from sora_lite.data.shards import (
+    ENCODED,
+    INDEX_SCHEMA,
+    KEY_OF_OTHERS,
+    MEDIA,
+    NO_LABEL,
+    Manifest,
+    ShardEntry,
+    ShardReader,
+)
 from sora_lite.errors import UserError
 
 BY_KEY = 65_536
@@ -69,7 +78,7 @@ class Index:
     source: np.ndarray
     """Fixed-width bytes: first 16 hex digits of the source's SHA-256, or `clip_digits` of what a sample was made of."""
     ext: np.ndarray
-    """Fixed-width bytes: mp4, png, jpg, webp, latent.safetensors or text.safetensors."""
+    """Fixed-width bytes: one of `shards.MEDIA`, or of `shards.ENCODED`."""
     shard: np.ndarray
     """int32: place in `shard_paths`."""
     media_offset: np.ndarray
@@ -81,15 +90,23 @@ class Index:
     json_offset: np.ndarray
     """int64: bytes into the shard."""
     json_size: np.ndarray
-    """int64: bytes."""
+    """int64: bytes; 0 where there is no KEY.json."""
     json_crc32c: np.ndarray
     """uint32: checksum of KEY.json."""
+    text_offset: np.ndarray
+    """int64: bytes into the shard, where KEY.txt holds the caption."""
+    text_size: np.ndarray
+    """int64: bytes; 0 where there is no KEY.txt."""
+    text_crc32c: np.ndarray
+    """uint32: checksum of KEY.txt."""
+    label: np.ndarray
+    """int32: class label, -1 for none."""
     frames: np.ndarray
     """int32."""
     height: np.ndarray
-    """int32: pixels."""
+    """int32: pixels, as people see them."""
     width: np.ndarray
-    """int32: pixels."""
+    """int32: pixels, as people see them: square ones."""
     fps: np.ndarray
     """float64: frames per second."""
     folder: Path | None = None
@@ -136,7 +153,11 @@ class Index:
         columns = {name: np.concatenate([part[name] for part in parts]) for name in COLUMNS}
         entries = [entries_of(manifest, split) for manifest in manifests]
         return cls(
-            shard_paths=[folder / one.path for folder, some in zip(folders, entries, strict=True) for one in some],
+            shard_paths=[
+                manifest.shard_path(folder, one)
+                for folder, manifest, some in zip(folders, manifests, entries, strict=True)
+                for one in some
+            ],
             shard_sha256=[one.sha256 for some in entries for one in some],
             shard_bytes=[one.bytes for some in entries for one in some],
             set_shards=[len(some) for some in entries],
@@ -230,7 +251,7 @@ def read_parts(
             hidden_sources = np.array(sorted(one.encode() for one in manifest.removed_sources), dtype="S")
             for start in range(0, len(entries), GROUP):
                 group = entries[start : start + GROUP]
-                tables = list(pool.map(read_index, [folder] * len(group), group))
+                tables = list(pool.map(read_index, [folder] * len(group), [manifest] * len(group), group))
                 part = _columns(pa.concat_tables(tables))
                 numbers = np.arange(first + start, first + start + len(group), dtype=np.int32)
                 part["shard"] = np.repeat(numbers, [entry.samples for entry in group])
@@ -242,9 +263,9 @@ def read_parts(
             first += len(entries)
 
 
-def read_index(folder: Location, entry: ShardEntry) -> pa.Table:
+def read_index(folder: Location, manifest: Manifest, entry: ShardEntry) -> pa.Table:
     """One shard's table, after a check that both files are those of the manifest (a tar by its size alone)."""
-    check_shard(folder / entry.path, entry.bytes)
+    check_shard(manifest.shard_path(folder, entry), entry.bytes)
     path = folder / entry.index
     changed = f"is not as it was written (SHA-256 differs); {_CURE}."
 
@@ -263,7 +284,7 @@ def read_index(folder: Location, entry: ShardEntry) -> pa.Table:
         raise UserError(f"{path}: is no index ({error}); {_CURE}.") from None
     if table.num_rows != entry.samples:
         raise UserError(f"{path}: has {table.num_rows} rows, not {entry.samples}; {_CURE}.")
-    if fault := _fault(table, entry.bytes):
+    if fault := _fault(table, entry.bytes, of_others=manifest.root is not None):
         raise UserError(f"{path}: {fault}; do not use it, whoever made it may mean harm.")
     return table
 
@@ -307,21 +328,24 @@ def _fixed_width(column: pa.ChunkedArray) -> np.ndarray:
     return fixed.view(f"S{width}")[:, 0]
 
 
-def _fault(table: pa.Table, size: int) -> str:
-    """What nobody who packs writes into an index of a shard of `size` bytes; or nothing."""
+def _fault(table: pa.Table, size: int, *, of_others: bool) -> str:
+    """What nobody who packs, or indexes what others packed, writes into an index of a shard of `size` bytes."""
     if any(table[name].null_count for name in INDEX_SCHEMA.names):
         return "has empty fields"
     keys = table["key"]
-    if len(keys) and not pc.all(pc.match_substring_regex(keys, "^[A-Za-z0-9_-]{1,90}$")).as_py():
-        return "has keys that are not 1 to 90 letters, digits, underscores and hyphens"
+    pattern = KEY_OF_OTHERS if of_others else "[A-Za-z0-9_-]{1,90}"
+    if len(keys) and not pc.all(pc.match_substring_regex(keys, f"^{pattern}$")).as_py():
+        return "has keys that are " + ("not printable" if of_others else "not 1 to 90 letters, digits, _ and -")
     if len(pc.unique(keys)) < len(keys):
         return "has a key twice"
     if not pc.all(pc.is_in(table["ext"], pa.array([*MEDIA, *ENCODED.values()]))).as_py() and len(keys):
         return f"has files that are none of {', '.join(MEDIA)}, nor made of such"
-    for what in ("media", "json"):
+    for what in ("media", "json", "text"):
         begin, length = table[f"{what}_offset"].to_numpy(), table[f"{what}_size"].to_numpy()
         if np.any((begin < 0) | (length < 0) | (begin > size) | (length > size - begin)):
             return "names places outside of its shard"
+    if np.any(table["label"].to_numpy() < NO_LABEL):
+        return "has labels below 0"
     if any(np.any(table[name].to_numpy() < 1) for name in ("frames", "height", "width")):
         return "has samples without size"
     return "" if np.all(np.isfinite(fps := table["fps"].to_numpy()) & (fps > 0)) else "has samples without a rate"

@@ -16,9 +16,12 @@ from safetensors.numpy import load, save
 
 from sora_lite.data.compiled import CHUNK, FORMAT, ColumnWriter, build, map_column, open_index
 from sora_lite.data.index import Index, OpenShards
-from sora_lite.data.remote import Location
-from sora_lite.data.shards import ENCODED, DamagedSample, Sample, clip_digits
+from sora_lite.data.remote import Location, ReadCounts
+from sora_lite.data.shards import ENCODED, DamagedSample, Sample, captions_of, clip_digits
 from sora_lite.errors import UserError
+
+WORDS = tuple(f"{what}_{part}" for what in ("text", "json") for part in ("offset", "size", "crc32c"))
+"""Columns of an index that say where a sample's captions lie."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -50,9 +53,16 @@ class Members:
         place = int(index.media_offset[sample]), int(index.media_size[sample]), int(index.crc32c[sample])
         return self.shards[int(index.shard[sample])].read(*place)
 
+    def captions(self, sample: int) -> list[str]:
+        """The sample's captions, as `shards.captions_of`."""
+        row = {name: int(getattr(self.index, name)[sample]) for name in WORDS}
+        return captions_of(self.shards[int(self.index.shard[sample])], row)
+
     def meta(self, sample: int) -> dict[str, Any]:
-        """The sample's JSON. Raises DamagedSample unless it is as the index says."""
+        """The sample's JSON, {} for none. Raises DamagedSample unless it is as the index says."""
         index = self.index
+        if not index.json_size[sample]:
+            return {}
         place = int(index.json_offset[sample]), int(index.json_size[sample]), int(index.json_crc32c[sample])
         return self.shards[int(index.shard[sample])].read_json(*place)
 
@@ -74,15 +84,17 @@ class Joined:
     index: Index
     rows: np.ndarray
 
-    def count(self, clips: np.ndarray, shape: tuple[int, int, int]) -> int:
-        """How many of these clips have an encoded sample of (T, H, W)."""
+    def count(self, clips: np.ndarray, shape: tuple[int, int, int], fps: np.ndarray) -> int:
+        """How many of these clips have an encoded sample of (T, H, W) and their fps."""
         found = 0
         for start in range(0, len(clips), CHUNK):
-            rows = self.rows[clips[start : start + CHUNK]]
-            rows = rows[rows >= 0]
+            part = slice(start, start + CHUNK)
+            rows = self.rows[clips[part]]
+            rates, rows = fps[part][rows >= 0], rows[rows >= 0]
             index = self.index
             sizes = np.stack([index.frames[rows], index.height[rows], index.width[rows]], axis=1)
-            found += int((sizes == shape).all(axis=1).sum())
+            at_rate = (index.fps[rows] == rates) | (shape[0] == 1)
+            found += int(((sizes == shape).all(axis=1) & at_rate).sum())
         return found
 
     def fingerprint(self) -> str:
@@ -93,21 +105,22 @@ class Joined:
 class LatentReader:
     """Latents of the clips of an index."""
 
-    def __init__(self, joined: Joined) -> None:
+    def __init__(self, joined: Joined, counts: ReadCounts) -> None:
         self._joined, self._members = joined, Members(joined.index)
+        self._members.shards.counts = counts
 
-    def find(self, clip: int, shape: tuple[int, int, int]) -> int | None:
-        """Number of the latent of a clip at (T, H, W), if there is one."""
+    def find(self, clip: int, shape: tuple[int, int, int], fps: float) -> int | None:
+        """Number of the latent of a clip at (T, H, W) and a rate, if there is one."""
         row, index = int(self._joined.rows[clip]), self._joined.index
         if row < 0 or (int(index.frames[row]), int(index.height[row]), int(index.width[row])) != shape:
             return None
-        return row
+        return row if shape[0] == 1 or float(index.fps[row]) == fps else None
 
-    def read(self, row: int) -> tuple[Latent, dict[str, Any]]:
-        """A latent and its JSON, which says what the clip's says. Raises DamagedSample."""
+    def read(self, row: int) -> tuple[Latent, list[str]]:
+        """A latent, and the captions of its clip. Raises DamagedSample."""
         tensors = self._members.tensors(row)
         try:
-            return Latent(**tensors), self._members.meta(row)
+            return Latent(**tensors), self._members.captions(row)
         except (ValueError, TypeError) as error:
             raise DamagedSample(f"{self._joined.index.key(row)}: {error}") from None
 

@@ -6,24 +6,29 @@ number of workers nor which one made it.
 Shapes: B samples of a rank's micro-batch, T frames, H W pixels.
 """
 
+import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from sora_lite.data.buckets import Row, spare_frames
 from sora_lite.data.compiled import open_buckets
 from sora_lite.data.index import Index
 from sora_lite.data.joined import Joined, Latent, LatentReader, Members
 from sora_lite.data.order import MicroStep, Order, check_parts, hash_seed, rank_positions
+from sora_lite.data.prefetch import Prefetcher
+from sora_lite.data.remote import ReadCounts
 from sora_lite.data.shards import DamagedSample
-from sora_lite.data.transforms import mirror, resize_crop
+from sora_lite.data.transforms import cover_box, mirror, resize_crop
 from sora_lite.data.video import BadVideo, decode_clip
+from sora_lite.data.workers import Workers
 from sora_lite.errors import UserError
 
 MAX_REPLACEMENTS = 16
@@ -31,11 +36,27 @@ MAX_REPLACEMENTS = 16
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class BadSample:
-    """A sample that could not be read, and why. It was replaced."""
+    """A sample that could not be read, and why; where in the order it was, and the key of what replaced it there."""
 
     key: str
     shard: str
     reason: str
+    step: int
+    position: int
+    replaced_by: str
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class View:
+    """What of a sample a clip shows.
+
+    start: its own frame that the clip begins with. crop: left, top, right, bottom in pixels of its own frames.
+    flip: mirrored left to right.
+    """
+
+    start: int
+    crop: tuple[float, float, float, float]
+    flip: bool
 
 
 @dataclass(kw_only=True, slots=True)
@@ -45,7 +66,8 @@ class ClipBatch:
     video: uint8 V 3 T H W in [0, 255]. mean, logvar: float32 B-V C t h w, unnormalised posteriors; None where V is B.
     is_latent: bool B, which of the samples are not in `video`. keys: of the samples. captions: one per sample, "" for
     none. labels: int64 B, -1 for none. positions: int64 B, places in the global step's batch. step: the global step.
-    bad: samples replaced.
+    views: one per sample. samples: int64 B, their numbers in the index. bucket: number of the bucket. bad: samples
+    replaced. seconds: that making the batch took its worker. reads: what it read meanwhile.
     """
 
     video: Tensor
@@ -57,7 +79,12 @@ class ClipBatch:
     labels: Tensor
     positions: Tensor
     step: int
+    views: list[View]
+    samples: Tensor
+    bucket: int
     bad: list[BadSample] = field(default_factory=list)
+    seconds: float = 0.0
+    reads: ReadCounts = field(default_factory=ReadCounts)
 
     def __post_init__(self) -> None:
         b = len(self.keys)
@@ -67,8 +94,9 @@ class ClipBatch:
         for posterior in (self.mean, self.logvar):
             if (0 if posterior is None else len(posterior)) != latents:
                 raise ValueError(f"there are {latents} latents by is_latent, and another number of means or logvars")
-        if not len(self.captions) == len(self.labels) == len(self.positions) == len(self.is_latent) == b:
-            raise ValueError("captions, labels, positions and is_latent differ in number from the keys")
+        columns = (self.captions, self.labels, self.positions, self.views, self.samples, self.is_latent)
+        if any(len(column) != b for column in columns):
+            raise ValueError("captions, labels, positions, views, samples and is_latent differ in number from the keys")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -76,17 +104,21 @@ class ClipBatch:
         return self.video.shape[2], self.video.shape[3], self.video.shape[4]
 
     def pin_memory(self) -> "ClipBatch":
-        """Called by torch's DataLoader."""
+        """The same in memory that a device copies from."""
         mean, logvar = (one if one is None else one.pin_memory() for one in (self.mean, self.logvar))
         return replace(self, video=self.video.pin_memory(), mean=mean, logvar=logvar)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Clip:
-    """A sample, decoded or as a latent, and what its JSON says of it. pixels: uint8 T H W 3, None of a latent."""
+    """A sample, decoded or as a latent, the part of its own frames that is (`View.crop`), and what is known of it.
+
+    pixels: uint8 T H W 3, None of a latent. label: -1 for none.
+    """
 
     pixels: np.ndarray | None = None
     latent: Latent | None = None
+    crop: tuple[float, float, float, float]
     captions: list[str]
     label: int
 
@@ -120,51 +152,54 @@ def collate(clips: Sequence[Clip], shape: tuple[int, int, int], **rest: Any) -> 
 class ClipReader:
     """Reads samples of an index at a bucket's size, with a bounded memory of decoded clips.
 
-    A sample that has a latent of this size in `latents` is not decoded.
+    A sample that has a latent of this size and rate in `latents` is not decoded.
     """
 
-    def __init__(
-        self,
-        index: Index,
-        *,
-        fps: float | None,
-        cache_bytes: int,
-        decoder: str = "pyav",
-        latents: Joined | None = None,
-    ) -> None:
+    def __init__(self, index: Index, *, cache_bytes: int, decoder: str = "pyav", latents: Joined | None = None) -> None:
         self.index = index
-        self.fps = fps
-        self._members = Members(index)
-        self._latents = LatentReader(latents) if latents is not None else None
         self._decoder = decoder
         self._cache_bytes = cache_bytes
         self._cached = 0
-        self._cache: OrderedDict[tuple[int, tuple[int, int, int], int], Clip] = OrderedDict()
+        self._cache: OrderedDict[tuple[int, tuple[int, int, int], float | None, int], Clip] = OrderedDict()
+        self._members = Members(index)
         self.shards = self._members.shards
+        self._latents = LatentReader(latents, self.shards.counts) if latents is not None else None
 
-    def spare(self, sample: int, frames: int) -> int:
-        """Largest `start` at which the sample still has so many frames."""
-        return spare_frames(int(self.index.frames[sample]), float(self.index.fps[sample]), self.fps, frames)
+    def spare(self, sample: int, frames: int, fps: float | None) -> int:
+        """Largest `start` at which the sample still has so many frames at a rate."""
+        return spare_frames(int(self.index.frames[sample]), float(self.index.fps[sample]), fps, frames)
 
-    def read(self, sample: int, shape: tuple[int, int, int], start: int = 0) -> Clip:
-        """Sample number `sample` at (T, H, W): its latent, or decoded from its own frame number `start` on.
+    def read(self, sample: int, shape: tuple[int, int, int], fps: float | None = None, start: int = 0) -> Clip:
+        """Sample number `sample` at (T, H, W) and a rate (None: its own): its latent, or decoded from frame `start` on.
 
         Raises:
             DamagedSample, BadVideo: its bytes are not what the index says, or do not decode.
         """
-        if self._latents is not None and (row := self._latents.find(sample, shape)) is not None:
-            latent, meta = self._latents.read(row)
-            captions, label = self._checked(sample, meta)
-            return Clip(latent=latent, captions=captions, label=label)
-        key = (sample, shape, start)
+        label = int(self.index.label[sample])
+        if (
+            self._latents is not None
+            and (row := self._latents.find(sample, shape, self._rate(sample, fps))) is not None
+        ):
+            latent, captions = self._latents.read(row)
+            shown = int(self.index.height[sample]), int(self.index.width[sample])
+            return Clip(latent=latent, crop=self._crop(sample, shape, shown), captions=captions, label=label)
+        key = (sample, shape, fps, start)
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
-        captions, label = self.words(sample)
+        index, captions = self.index, self.captions(sample)
         media = self._members.media(sample)
-        decoded = decode_clip(media, frames=shape[0], fps=self.fps, start_frame_offset=start, decoder=self._decoder)
-        frames = resize_crop(decoded, shape[1:])
-        clip = Clip(pixels=frames, captions=captions, label=label)
+        decoded = decode_clip(
+            media,
+            frames=shape[0],
+            fps=fps,
+            own_fps=float(index.fps[sample]),
+            start_frame_offset=start,
+            decoder=self._decoder,
+        )
+        box = self._crop(sample, shape, (decoded.shape[1], decoded.shape[2]))
+        frames = resize_crop(decoded, shape[1:], box)
+        clip = Clip(pixels=frames, crop=box, captions=captions, label=label)
         if frames.nbytes <= self._cache_bytes:
             self._cache[key] = clip
             self._cached += frames.nbytes
@@ -173,35 +208,53 @@ class ClipReader:
                 self._cached -= oldest.frames.nbytes
         return clip
 
+    def _crop(
+        self, sample: int, shape: tuple[int, int, int], stored: tuple[int, int]
+    ) -> tuple[float, float, float, float]:
+        """The centred part of decoded frames of a size (height, width) that a clip shows.
+
+        It has the clip's aspect ratio as people see the sample, whose pixels need not be square.
+        """
+        shown = int(self.index.height[sample]), int(self.index.width[sample])
+        left, top, right, bottom = cover_box(shown, shape[1:])
+        tall, wide = stored[0] / shown[0], stored[1] / shown[1]
+        return left * wide, top * tall, right * wide, bottom * tall
+
+    def captions(self, sample: int) -> list[str]:
+        """The sample's captions, as `shards.captions_of`."""
+        return self._members.captions(sample)
+
     def meta(self, sample: int) -> dict:
-        """The sample's JSON."""
+        """The sample's JSON, {} for none."""
         return self._members.meta(sample)
 
-    def words(self, sample: int) -> tuple[list[str], int]:
-        """Captions and label of a sample. Raises DamagedSample."""
-        return self._checked(sample, self.meta(sample))
-
-    def _checked(self, sample: int, meta: dict) -> tuple[list[str], int]:
-        """Captions and label of a sample."""
-        captions, label = meta.get("captions") or [], meta.get("label", -1)
-        if type(label) is not int or not all(isinstance(caption, str) for caption in captions):
-            raise DamagedSample(f"{self.index.keys[sample]}: captions are no list of texts, or its label is no number")
-        return list(captions), label
+    def _rate(self, sample: int, fps: float | None) -> float:
+        return float(self.index.fps[sample]) if fps is None else fps
 
 
-class _MicroBatches(Dataset[ClipBatch | str]):
-    """Item (step, pass) is this rank's micro-batch, or the message of the UserError that it ended in."""
+class _MicroBatches:
+    """Item (step, pass) gives this rank's micro-batch."""
 
     def __init__(self, reader: ClipReader, order: Order, seed: int, flip: bool, parts: tuple[int, int, int]) -> None:
         self.reader, self.order, self.seed, self.flip = reader, order, seed, flip
         self.rank, self.world_size, self.accumulation = parts
 
-    def __getitem__(self, item: tuple[int, int]) -> ClipBatch | str:
-        # Handed over as a value: of an error that a worker raises, torch makes the text of its traceback.
-        try:
-            return self._batch(*item)
-        except UserError as error:
-            return str(error)
+    def __call__(self, item: tuple[int, int]) -> ClipBatch:
+        start = time.perf_counter()
+        batch = self._batch(*item)
+        return replace(batch, seconds=time.perf_counter() - start, reads=self.reader.shards.counts.take())
+
+    def remote_shards(self, step: int) -> list[int]:
+        """Numbers of the shards behind URLs that this rank reads in a step."""
+        (micro,) = self.order.step(step)
+        positions = np.concatenate(
+            rank_positions(
+                len(micro.samples), rank=self.rank, world_size=self.world_size, accumulation=self.accumulation
+            )
+        )
+        index = self.reader.index
+        shards = np.unique(index.shard[micro.samples[positions]]).tolist()
+        return [shard for shard in shards if not isinstance(index.shard_paths[shard], Path)]
 
     def _batch(self, step: int, one_pass: int) -> ClipBatch:
         (micro,) = self.order.step(step)
@@ -209,12 +262,13 @@ class _MicroBatches(Dataset[ClipBatch | str]):
             len(micro.samples), rank=self.rank, world_size=self.world_size, accumulation=self.accumulation
         )[one_pass]
         bad: list[BadSample] = []
-        clips, keys, captions = [], [], []
+        clips, samples, views, keys, captions = [], [], [], [], []
         for position in positions:
-            sample, clip = self._read(micro, step, int(position), bad)
-            if self.flip and clip.pixels is not None and hash_seed(self.seed, step, position, "flip") % 2:
-                clip = replace(clip, pixels=mirror(clip.pixels))
-            clips.append(clip)
+            sample, start, clip = self._read(micro, step, int(position), bad)
+            flip = self.flip and clip.latent is None and hash_seed(self.seed, step, position, "flip") % 2 == 1
+            clips.append(replace(clip, pixels=mirror(clip.frames)) if flip else clip)
+            samples.append(sample)
+            views.append(View(start=0 if clip.latent is not None else start, crop=clip.crop, flip=flip))
             keys.append(self.reader.index.key(sample))
             choices = clip.captions or [""]
             captions.append(choices[hash_seed(self.seed, step, position, "caption") % len(choices)])
@@ -225,25 +279,41 @@ class _MicroBatches(Dataset[ClipBatch | str]):
             captions=captions,
             positions=torch.from_numpy(positions),
             step=step,
+            views=views,
+            samples=torch.tensor(samples),
+            bucket=micro.bucket,
             bad=bad,
         )
 
-    def _read(self, micro: MicroStep, step: int, position: int, bad: list[BadSample]) -> tuple[int, Clip]:
-        """The sample at a position, or its stand-in where it is damaged."""
-        sample = int(micro.samples[position])
+    def _read(self, micro: MicroStep, step: int, position: int, bad: list[BadSample]) -> tuple[int, int, Clip]:
+        """(sample, its own frame that the clip begins with, clip) at a position, or a stand-in where it is damaged."""
+        index, first, fps = self.reader.index, int(micro.samples[position]), self.order.buckets[micro.bucket].fps
+        sample, damaged = first, []
         for attempt in range(MAX_REPLACEMENTS):
             try:
-                spare = self.reader.spare(sample, micro.shape[0])
+                spare = self.reader.spare(sample, micro.shape[0], fps)
                 start = hash_seed(self.seed, step, position, "start") % (spare + 1)
-                return sample, self.reader.read(sample, micro.shape, start)
+                clip = self.reader.read(sample, micro.shape, fps, start)
             except (DamagedSample, BadVideo) as error:
-                index = self.reader.index
-                shard = index.shard_paths[int(index.shard[sample])].name
-                bad.append(BadSample(key=index.key(sample), shard=shard, reason=str(error)))
-                sample = self.order.replacement(micro.bucket, step, position, attempt)
+                damaged.append((sample, str(error)))
+                sample = self.order.replacement(micro.bucket, first, step, position, attempt)
+                continue
+            bad += [
+                BadSample(
+                    key=index.key(one),
+                    shard=index.shard_paths[int(index.shard[one])].name,
+                    reason=reason,
+                    step=step,
+                    position=position,
+                    replaced_by=index.key(sample),
+                )
+                for one, reason in damaged
+            ]
+            return sample, start, clip
+        one, reason = damaged[-1]
         raise UserError(
-            f"{bad[-1].shard}: {MAX_REPLACEMENTS} samples in a row are damaged (the last: {bad[-1].reason}); "
-            "run `sora-data verify` on the shards"
+            f"{index.shard_paths[int(index.shard[one])].name}: {MAX_REPLACEMENTS} samples in a row are damaged "
+            f"(the last: {reason}); run `sora-data verify` on the shards"
         )
 
 
@@ -254,10 +324,11 @@ class ClipLoader:
         index: of one split.
         rows: bucket table with batches decided (`buckets.rows_from`).
         weights, image_ratio: how the index's data sets, stills and clips are mixed (`order.Order`).
-        fps: target rate, None for each clip's own.
         seed, block_shards, flip: as configured.
         rank, world_size, accumulation: how each batch is divided.
         workers: decoding processes. cache_bytes: memory of decoded clips in each.
+        worker_timeout: seconds after which a worker that makes no batch is started anew.
+        say: told of such things.
         pin: pinned memory, for a device that copies from it.
         decoder: as for `video.decode_clip`.
         latents: of the index's clips; those that have none are decoded.
@@ -271,7 +342,6 @@ class ClipLoader:
         index: Index,
         rows: list[Row],
         *,
-        fps: float | None,
         seed: int,
         block_shards: int,
         flip: bool,
@@ -285,8 +355,10 @@ class ClipLoader:
         weights: Sequence[float] | None = None,
         image_ratio: float | None = None,
         latents: Joined | None = None,
+        worker_timeout: float = 900.0,
+        say: Callable[[str], None] = print,
     ) -> None:
-        buckets = open_buckets(index, rows, fps)
+        buckets = open_buckets(index, rows)
         check_parts([bucket.batch for bucket in buckets], world_size=world_size, accumulation=accumulation)
         self.index, self.latents = index, latents
         self.order = Order(
@@ -298,17 +370,21 @@ class ClipLoader:
             image_ratio=image_ratio,
         )
         self.accumulation = accumulation
-        self._workers, self._pin = workers, pin
-        reader = ClipReader(index, fps=fps, cache_bytes=cache_bytes, decoder=decoder, latents=latents)
+        self._pin, self._say = pin, say
+        reader = ClipReader(index, cache_bytes=cache_bytes, decoder=decoder, latents=latents)
         self._dataset = _MicroBatches(reader, self.order, seed, flip, (rank, world_size, accumulation))
+        self.workers = Workers(self._dataset, workers, timeout=worker_timeout, say=say)
+        remote = not all(isinstance(path, Path) for path in index.shard_paths)
+        self._prefetcher = Prefetcher(index, self._dataset.remote_shards) if remote else None
 
     def cached(self) -> tuple[int, int]:
         """(samples in buckets that have a latent of their bucket's size, samples in buckets)."""
-        found = (
-            0
-            if self.latents is None
-            else sum(self.latents.count(bucket.samples, bucket.shape) for bucket in self.order.buckets)
-        )
+        found = 0
+        if self.latents is not None:
+            for bucket in self.order.buckets:
+                samples, fps = bucket.samples, bucket.fps
+                rates = self.index.fps[samples] if fps is None else np.full(len(samples), fps)
+                found += self.latents.count(samples, bucket.shape, rates)
         return found, sum(self.order.set_samples)
 
     def begin_order(self, step: int) -> None:
@@ -318,25 +394,16 @@ class ClipLoader:
     def steps(self, start: int, stop: int) -> Iterator[list[ClipBatch]]:
         """Batches of the steps start, ..., stop - 1; each is a list with one micro-batch per accumulation pass."""
         pairs = ((step, one) for step in range(start, stop) for one in range(self.accumulation))
-        batches = iter(
-            DataLoader(
-                self._dataset,
-                batch_size=None,
-                sampler=pairs,
-                num_workers=self._workers,
-                prefetch_factor=4 if self._workers else None,
-                pin_memory=self._pin,
-            )
-        )
-        try:
-            for _ in range(start, stop):
-                yield [_or_raise(next(batches)) for _ in range(self.accumulation)]
-        finally:
-            # The workers end when the last reference goes; an error's traceback would keep one until who knows when.
-            del batches
-
-
-def _or_raise(batch: ClipBatch | str) -> ClipBatch:
-    if isinstance(batch, str):
-        raise UserError(batch)
-    return batch
+        with ExitStack() as ending:
+            if self._prefetcher is not None:
+                ending.enter_context(self._prefetcher.running(start, stop))
+            batches = self.workers.answers(pairs)
+            ending.callback(batches.close)
+            for step in range(start, stop):
+                together = [next(batches) for _ in range(self.accumulation)]
+                if self._prefetcher is not None:
+                    if self._prefetcher.go_on(step):
+                        self._say("the process that fetches shards ahead died and was started anew")
+                        self.workers.restarts += 1
+                    together[0].reads.add(self._prefetcher.take())
+                yield [batch.pin_memory() for batch in together] if self._pin else together

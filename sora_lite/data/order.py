@@ -172,9 +172,14 @@ class Order:
             sum(column) / samples for column, samples in zip(zip(*taken, strict=True), self.set_samples, strict=True)
         ]
 
-    def replacement(self, bucket: int, step: int, position: int, attempt: int) -> int:
-        """A sample of the same bucket to stand in for a damaged one: again a pure function."""
-        samples = self.buckets[bucket].samples
+    def replacement(self, bucket: int, sample: int, step: int, position: int, attempt: int) -> int:
+        """A sample of the same bucket and data set to stand in for a damaged one: again a pure function."""
+        one = self.buckets[bucket]
+        place = int(np.searchsorted(one.samples, sample))
+        shard = int(np.searchsorted(one.starts, place, side="right")) - 1
+        runs = self._runs[bucket]
+        data_set = int(np.searchsorted(runs, shard, side="right")) - 1
+        samples = one.samples[one.starts[runs[data_set]] : one.starts[runs[data_set + 1]]]
         return int(samples[hash_seed(self.seed, step, position, "replacement", attempt) % len(samples)])
 
     def set_share(self, data_set: int) -> float:
@@ -193,7 +198,7 @@ class Order:
     def _hash_all(self) -> str:
         digest = hashlib.sha256(f"{self.seed} {self._block_shards} {CYCLE} {self._bucket_shares}".encode())
         for bucket, runs, shares in zip(self.buckets, self._runs, self._set_shares, strict=True):
-            digest.update(f"{bucket.shape} {bucket.batch} {runs} {shares} {bucket.fingerprint()}".encode())
+            digest.update(f"{bucket.shape} {bucket.fps} {bucket.batch} {runs} {shares} {bucket.fingerprint()}".encode())
         return digest.hexdigest()
 
     def _masses(self) -> list[list[Fraction]]:

@@ -6,6 +6,10 @@ A data set is a folder:
     train-000000.tar                   plain tar: KEY.mp4 KEY.json KEY.mp4 KEY.json ... (stock webdataset reads it)
     train-000000.idx.parquet           one row per sample: where its members lie, their checksums, its size and rate
 
+Shards that others wrote (any WebDataset of videos or stills, captions in KEY.txt or KEY.json, labels in KEY.cls) have
+the same indexes and the same manifest, whose `root` says where they lie. `sora-data index` makes them; a shard of
+others has an index for each split, and its keys may hold whatever names of members hold.
+
 Everything is written to a temporary name, flushed to the disk and renamed; the same samples give the same bytes.
 """
 
@@ -18,7 +22,7 @@ import tarfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -26,13 +30,15 @@ import google_crc32c
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sora_lite.data.remote import PATIENCE, Location, Patience, ReadCounts, read_file
+from sora_lite.data.remote import PATIENCE, Location, Patience, ReadCounts, Url, read_file
 from sora_lite.errors import UserError
 
 SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
-MEDIA = ("mp4", "png", "jpg", "webp")
-"""Extensions that the media member of a clip or still may have."""
+MEDIA = ("mp4", "png", "jpg", "webp", "jpeg", "webm", "mkv", "mov", "avi")
+"""Extensions that a sample's media member may have; those that are packed here are the first two."""
+NO_LABEL = -1
+"""Label of a sample that has none."""
 ENCODED = {"latents": "latent.safetensors", "text": "text.safetensors"}
 """What was made of clips and joins them by key (`Manifest.content`), and its extension."""
 
@@ -46,6 +52,10 @@ INDEX_SCHEMA = pa.schema(
         ("json_offset", pa.int64()),
         ("json_size", pa.int64()),
         ("json_crc32c", pa.uint32()),
+        ("text_offset", pa.int64()),
+        ("text_size", pa.int64()),
+        ("text_crc32c", pa.uint32()),
+        ("label", pa.int32()),
         ("frames", pa.int32()),
         ("height", pa.int32()),
         ("width", pa.int32()),
@@ -53,13 +63,18 @@ INDEX_SCHEMA = pa.schema(
         ("source", pa.string()),
     ]
 )
-"""Columns of an index file. Offsets and sizes are bytes of the tar; crc32c is of the media member; source is the
-first 16 hex digits of the source's SHA-256 or, where something was made of clips, `clip_digits` of the clip."""
+"""Columns of an index file. Offsets and sizes are bytes of the tar; crc32c is of the media member. json is of KEY.json
+and text of KEY.txt, which holds the caption; each has size 0 if there is none, and label is NO_LABEL. Height and width
+are as people see them, with square pixels. source is the first 16 hex digits of the source's SHA-256 or,
+where something was made of clips, `clip_digits` of the clip."""
 
 Answer = TypeVar("Answer")
+Place = TypeVar("Place", Path, Url, Location)
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,90}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SHARD = re.compile(r"((?:train|validation)-\d{6}(?:\.\d{1,9})?)\.tar")
+KEY_OF_OTHERS = r"[^\p{Cc}\p{Cf}\p{Zl}\p{Zp}]{1,512}"
+"""Regular expression (RE2) of keys in shards of others: anything that can be printed."""
 _BLOCK = tarfile.BLOCKSIZE
 
 
@@ -87,6 +102,13 @@ class Sample:
             raise ValueError(f"{self.key}: ext {self.ext!r} is none of {', '.join(allowed)}")
         if missing := {"frames", "height", "width", "fps", "source"} - self.meta.keys():
             raise ValueError(f"{self.key}: meta lacks {', '.join(sorted(missing))}")
+        if type(self.label) is not int or not NO_LABEL <= self.label < 2**31:
+            raise ValueError(f"{self.key}: label {self.label!r} is no number from 0 on")
+
+    @property
+    def label(self) -> int:
+        """The class label, NO_LABEL for none."""
+        return self.meta.get("label", NO_LABEL)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -101,10 +123,13 @@ class ShardEntry:
     index: str
     index_sha256: str
 
-    def check(self) -> None:
-        """Raise ValueError unless names are those that a packing gives, inside of the folder, and sizes are numbers."""
+    def check(self, *, of_others: bool) -> None:
+        """Raise ValueError unless sizes are numbers, and names those that a packing gives, or inside their folder."""
         name = _SHARD.fullmatch(self.path)
-        if name is None or self.index != f"{name[1]}.idx.parquet" or self.split not in ("train", "validation"):
+        whole = name is not None and self.index == f"{name[1]}.idx.parquet"
+        if of_others:
+            whole = is_inside(self.path, ".tar") and is_inside(self.index, ".idx.parquet")
+        if not whole or self.split not in ("train", "validation"):
             raise ValueError(f"names {self.path!r} and {self.index!r}, outside of its folder or not of its split")
         if not all(isinstance(size, int) and size >= 0 for size in (self.bytes, self.samples)):
             raise ValueError(f"sizes of {self.path} are no numbers")
@@ -135,7 +160,9 @@ class Manifest:
     removed_keys: list[str] = field(default_factory=list)
     """Samples that were taken down."""
     counts: dict[str, int] = field(default_factory=dict)
-    """What became of sources and clips in the last packing."""
+    """What became of sources and clips in the last packing or indexing."""
+    root: str | None = None
+    """Where shards of others lie: a folder, relative to the manifest's or absolute. None: packed here, beside it."""
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -168,7 +195,9 @@ class Manifest:
             shards = [ShardEntry(**entry) for entry in content.pop("shards")]
             pending = [ShardEntry(**entry) for entry in content.pop("pending")]
             for entry in shards + pending:
-                entry.check()
+                entry.check(of_others=content["root"] is not None)
+            if not isinstance(content["root"], str | None):
+                raise ValueError("root is no text")
             manifest = cls(shards=shards, pending=pending, **content)
             if manifest.content not in ("clips", *ENCODED) or not isinstance(manifest.encoding, dict):
                 raise ValueError(f"it holds {manifest.content!r}")
@@ -178,6 +207,17 @@ class Manifest:
         if not whole:
             raise UserError(f"{name}: is not as it was written (SHA-256 differs); restore it, or pack again.")
         return manifest
+
+    def refuse_others(self, folder: Path) -> None:
+        """Raise UserError if the shards were made by others: they are read, and never changed or added to."""
+        if self.root is not None:
+            raise UserError(
+                f"{folder}: holds the index of shards that others made, which are never changed; name another folder."
+            )
+
+    def shard_path(self, folder: Place, entry: ShardEntry) -> Place:
+        """Where a shard lies whose manifest is in a folder."""
+        return (folder / self.root if self.root else folder) / entry.path
 
     def save(self, folder: Path) -> None:
         """Replace FOLDER/manifest.json atomically; when this returns it is on the disk."""
@@ -258,6 +298,10 @@ class ShardWriter:
                 "json_offset": self._member(f"{sample.key}.json", meta),
                 "json_size": len(meta),
                 "json_crc32c": google_crc32c.value(meta),
+                "text_offset": 0,
+                "text_size": 0,
+                "text_crc32c": 0,
+                "label": sample.label,
                 "frames": sample.meta["frames"],
                 "height": sample.meta["height"],
                 "width": sample.meta["width"],
@@ -272,9 +316,7 @@ class ShardWriter:
         self._write(bytes(2 * _BLOCK))  # the end of a tar
         flush(self._file)
         self._file.close()
-        index = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_pylist(self._rows, schema=INDEX_SCHEMA), index, compression="zstd")
-        content = index.getvalue().to_pybytes()
+        content = index_bytes(self._rows)
         replace_file(self.index_path, content)
         os.replace(self._partial, self.path)
         flush_folder(self.path.parent)
@@ -308,6 +350,20 @@ class ShardWriter:
         self._file.write(content)
         self._sha256.update(content)
         self.bytes += len(content)
+
+
+def index_bytes(rows: list[dict[str, Any]]) -> bytes:
+    """The content of an index file; the same rows give the same bytes."""
+    index = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows, schema=INDEX_SCHEMA), index, compression="zstd")
+    return index.getvalue().to_pybytes()
+
+
+def is_inside(name: str, suffix: str) -> bool:
+    """Whether a manifest's name of a file cannot lead out of its folder."""
+    path = PurePosixPath(name)
+    inside = name.isprintable() and str(path) == name and not path.is_absolute() and ".." not in path.parts
+    return inside and name.endswith(suffix)
 
 
 def to_json(content: Mapping[str, Any]) -> bytes:
@@ -444,3 +500,26 @@ class ShardReader:
     def close(self) -> None:
         """Close the file."""
         os.close(self._descriptor)
+
+
+def captions_of(reader: ShardReader, row: Mapping[str, int]) -> list[str]:
+    """Captions of a sample: the text of KEY.txt, else `captions` (texts) or `caption` (a text) of KEY.json, else none.
+
+    row: offsets, sizes and checksums of its members, as in an index.
+    Raises DamagedSample: a member is not what the index says, or holds something else there.
+    """
+    if row["text_size"]:
+        content = reader.read(row["text_offset"], row["text_size"], row["text_crc32c"])
+        try:
+            return [content.decode().strip()]
+        except UnicodeDecodeError as error:
+            raise DamagedSample(f"{reader.path.name} holds no text at offset {row['text_offset']} ({error})") from None
+    if not row["json_size"]:
+        return []
+    meta = reader.read_json(row["json_offset"], row["json_size"], row["json_crc32c"])
+    captions = meta.get("captions")
+    if captions is None:
+        captions = [] if meta.get("caption") is None else [meta["caption"]]
+    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+        raise DamagedSample(f"{reader.path.name}: captions are no list of texts at offset {row['json_offset']}")
+    return captions

@@ -16,11 +16,18 @@ def cover_box(size: tuple[int, int], target: tuple[int, int]) -> tuple[float, fl
     return left, top, left + box_width, top + box_height
 
 
-def resize_crop(clip: np.ndarray, target: tuple[int, int]) -> np.ndarray:
-    """Centre crop to the target's aspect ratio and scale (antialiased bicubic) to (height, width)."""
-    if clip.shape[1:3] == target:
+def resize_crop(
+    clip: np.ndarray, target: tuple[int, int], box: tuple[float, float, float, float] | None = None
+) -> np.ndarray:
+    """Crop to a box (left, top, right, bottom in pixels) and scale (antialiased bicubic) to (height, width).
+
+    box: by default the largest centred one of the target's aspect ratio.
+    """
+    height, width = clip.shape[1:3]
+    if box is None:
+        box = cover_box((height, width), target)
+    if (height, width) == target and list(box) == [0, 0, width, height]:
         return clip
-    box = cover_box((clip.shape[1], clip.shape[2]), target)
     size = (target[1], target[0])
     frames = [Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC, box=box) for frame in clip]
     return np.stack([np.asarray(frame) for frame in frames])

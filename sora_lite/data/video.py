@@ -10,6 +10,7 @@ file claims to hold is checked against `Limits` before anything is decoded, and 
 """
 
 import io
+import math
 import sys
 from array import array
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
@@ -153,6 +154,11 @@ class VideoFacts:
         return float((int(self.pts[-1]) - int(self.pts[0])) * self.time_base + 1 / self.average_rate)
 
 
+def shown_size(facts: VideoFacts) -> tuple[int, int]:
+    """Height and width in square pixels at which a video is shown: the width changes where pixels are not square."""
+    return facts.height, max(1, round(facts.width * facts.sar))
+
+
 # ------------------------------------------------------------------------------------------------------- reading
 
 
@@ -274,12 +280,20 @@ def read_frames(
 
 
 def decode_clip(
-    data: bytes, *, frames: int, fps: float | None = None, start_frame_offset: int = 0, decoder: str = "pyav"
+    data: bytes,
+    *,
+    frames: int,
+    fps: float | None = None,
+    start_frame_offset: int = 0,
+    own_fps: float | None = None,
+    decoder: str = "pyav",
 ) -> np.ndarray:
     """Decode some frames of a clip -> uint8 (frames, H, W, 3).
 
     Output frame i is the last frame with pts <= start + i / fps, where start is the pts of the clip's frame number
     `start_frame_offset`. fps None takes every frame. A still image is a clip of one frame.
+    own_fps: frames of the clip divided by its seconds. Where it is given, along with fps, start is so many frames of
+    this rate after the first pts: the same in a clip of constant rate, and in any other the end comes when it should.
     decoder: "pyav" or "decord". The latter is asked for clips that `encode_mp4` or `cut_clips` made, and no others.
     Raises BadVideo if the clip is damaged, or if it ends (with its last frame's duration) before the last of these
     times.
@@ -293,12 +307,16 @@ def decode_clip(
     if decoder == "decord" and own and _decord_agrees(data):
         return _decode_by_decord(data, frames, fps, start_frame_offset)
     with _Reader(io.BytesIO(data), container, own=own) as reader:
-        decoded = _from_number(reader, start_frame_offset)
         picked: Iterator[VideoFrame]
         if fps is None:
-            picked = (frame for _, frame in islice(decoded, frames))
+            picked = (frame for _, frame in islice(_from_number(reader, start_frame_offset), frames))
         else:
-            picked = _at_rate(decoded, frames, 1 / (rational(fps) * reader.time_base))
+            ticks = 1 / (rational(fps) * reader.time_base)
+            if own or own_fps is None or start_frame_offset == 0:
+                picked = _at_rate(_from_number(reader, start_frame_offset), frames, ticks)
+            else:
+                start = _first_time(reader) + start_frame_offset / (rational(own_fps) * reader.time_base)
+                picked = _at_rate(reader.frames_from(math.floor(start)), frames, ticks, start)
         to_rgb = _RGB()
         clip = [to_rgb(frame) for frame in picked]
     if len(clip) < frames:
@@ -329,12 +347,25 @@ def _from_number(reader: "_Reader", number: int) -> Iterator[tuple[int, VideoFra
     return islice(reader.frames(), number, None)
 
 
-def _at_rate(decoded: Iterator[tuple[int, VideoFrame]], count: int, ticks: Fraction) -> Iterator[VideoFrame]:
-    """The last frame at or before each of `count` times, `ticks` of the time base apart, from the first frame on."""
-    done, origin, last, held = 0, 0, 0, None
+def _first_time(reader: "_Reader") -> int:
+    """pts of a clip's first frame."""
+    first = next(reader.frames(), None)
+    if first is None:
+        raise BadVideo("no frame of it can be decoded")
+    return first[0]
+
+
+def _at_rate(
+    decoded: Iterator[tuple[int, VideoFrame]], count: int, ticks: Fraction, start: Fraction | None = None
+) -> Iterator[VideoFrame]:
+    """The last frame at or before each of `count` times, `ticks` of the time base apart, from `start` on.
+
+    start: by default the first frame's time. Where it lies before that, the first frame stands for what is missing.
+    """
+    done, origin, last, held = 0, start or Fraction(0), 0, None
     for time, frame in decoded:
-        if held is None:
-            origin = time
+        if held is None and start is None:
+            origin = Fraction(time)
         while held is not None and done < count and time - origin > done * ticks:
             yield held
             done += 1

@@ -17,7 +17,7 @@ from sora_lite.diffusion.timesteps import sampling_grid
 from sora_lite.errors import UserError
 from sora_lite.models.conditions import Conditions
 from sora_lite.models.dit import VideoDiT
-from sora_lite.models.text import tokenize
+from sora_lite.models.text import ByteTextEncoder, tokenize
 from sora_lite.models.vae import CausalVAE
 
 SAMPLERS = {Sampler.euler: sample_euler, Sampler.heun: sample_heun}
@@ -123,7 +123,7 @@ class Pipeline:
         Generation i has its own noise from (sampling.seed, i), so it does not depend on the batch.
         clip: (T, H, W) in frames and pixels.
         """
-        max_bytes = self.dit.text.max_bytes if self.dit.text is not None else None
+        max_bytes = self.dit.text.max_bytes if isinstance(self.dit.text, ByteTextEncoder) else None
         check_requests(requests, num_classes=self.dit.num_classes, has_text=max_bytes is not None)
         try:
             shape = self.vae.latent_shape(*clip)

@@ -1,4 +1,5 @@
-"""A small text encoder over bytes, trained along with the DiT: no vocabulary, no download, any language.
+"""Text for the DiT: features of a frozen encoder, or a small encoder over bytes, which is trained along with the DiT
+and needs no vocabulary and no download and reads any language.
 
 Shapes: B batch, M tokens of a batch (its longest prompt plus one), D width.
 """
@@ -7,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sora_lite.models.layers import MLP, SelfAttention
 
@@ -49,11 +51,45 @@ class ByteTextEncoder(nn.Module):
         mask = tokens != PAD  # B M
         # Padding is zero before the convolution, so that it is the same as the end of the tensor.
         x = self.token_embedding(tokens) * mask.unsqueeze(-1)  # B M D
-        x = x + nn.functional.gelu(self.spell(x.transpose(1, 2)).transpose(1, 2))  # B M D
+        x = x + F.gelu(self.spell(x.transpose(1, 2)).transpose(1, 2))  # B M D
         x = x + self.position_embedding.weight[: tokens.shape[1]]  # B M D
         for block in self.blocks:
             x = block(x, mask[:, None, None, :])
         return self.norm(x), mask
+
+
+class TextProjection(nn.Module):
+    """Features of a frozen text encoder, brought to the width of the DiT by two layers (PixArt, Wan).
+
+    Args:
+        features: width C of the encoder's features.
+        width: width D of the DiT.
+        tokens: 0, so that padding is masked; or, as Wan was trained, the number of tokens that every text is padded to
+            with zeros, which are attended to.
+    """
+
+    def __init__(self, features: int, width: int, tokens: int = 0) -> None:
+        super().__init__()
+        self.features, self.tokens = features, tokens
+        self.mlp = MLP(features, width, width, gelu="tanh")
+
+    def forward(self, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        """text: B M C; mask: B M, True where a token is real. Returns (B M' D, mask B M' or None for all).
+
+        Where no token is real, one of zeros stands for "no text"; what that is to the DiT is learned by the biases.
+
+        Raises:
+            ValueError: there are more than `tokens`, or they have another width.
+        """
+        if text.shape[-1] != self.features:
+            raise ValueError(f"text features are {text.shape[-1]} wide; the model reads {self.features}")
+        text = text.masked_fill(~mask.unsqueeze(-1), 0)  # B M C
+        if not self.tokens:
+            nothing = F.pad(~mask.any(1, keepdim=True), (0, mask.shape[1] - 1))  # B M, only ever the first
+            return self.mlp(text), mask | nothing
+        if text.shape[1] > self.tokens:
+            raise ValueError(f"a text has {text.shape[1]} tokens; the model reads at most {self.tokens}")
+        return self.mlp(F.pad(text, (0, 0, 0, self.tokens - text.shape[1]))), None
 
 
 class TextBlock(nn.Module):

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from sora_lite.data.buckets import frames_at
 from sora_lite.data.index import Index
 from sora_lite.data.joined import Joined
-from sora_lite.data.loader import Clip, ClipBatch, ClipReader, collate
+from sora_lite.data.loader import Clip, ClipBatch, ClipReader, View, collate
 from sora_lite.data.shards import DamagedSample
 from sora_lite.data.video import BadVideo
 from sora_lite.parallel.env import Rank
@@ -52,6 +52,10 @@ class Objective(Protocol):
 
     def flops(self, frames: int, height: int, width: int) -> int:
         """FLOPs of a forward pass of the module on one clip. Run on the meta device."""
+        ...
+
+    def cost(self, frames: int, height: int, width: int) -> float:
+        """FLOPs of training on one clip: the module's forward and backward pass, and all that runs before it."""
         ...
 
     def loss(self, engine: Engine, batch: ClipBatch) -> Loss:
@@ -97,7 +101,7 @@ class HeldOut:
         batch: int,
         latents: Joined | None = None,
     ) -> None:
-        self._reader = ClipReader(index, fps=fps, cache_bytes=0, latents=latents)
+        self._reader, self._fps = ClipReader(index, cache_bytes=0, latents=latents), fps
         first = index.by_key
         chosen = first[frames_at(index.frames[first], index.fps[first], fps) >= shape[0]][:count]
         self.count = len(chosen)
@@ -118,13 +122,14 @@ class HeldOut:
 
     def _read(self, place: int, sample: int) -> Clip:
         try:
-            return self._reader.read(sample, self.shape)
+            return self._reader.read(sample, self.shape, self._fps)
         except (DamagedSample, BadVideo) as error:
             index = self._reader.index
             shard = index.shard_paths[int(index.shard[sample])].name
             tqdm.write(f"{shard}: sample {index.key(sample)} does not count in validation or statistics: {error}")
             self._weights[place] = 0
-            return Clip(pixels=np.zeros((*self.shape, 3), np.uint8), captions=[], label=-1)
+            black = np.zeros((*self.shape, 3), np.uint8)
+            return Clip(pixels=black, crop=(0, 0, 0, 0), captions=[], label=-1)
 
     def batches(self) -> list[tuple[ClipBatch, np.ndarray]]:
         """(clips with their first captions and, as positions, their places in the whole set; weights B) per batch."""
@@ -139,6 +144,9 @@ class HeldOut:
                 captions=[clip.captions[0] if clip.captions else "" for clip in clips[part]],
                 positions=torch.from_numpy(self._places[part]),
                 step=0,
+                views=[View(start=0, crop=clip.crop, flip=False) for clip in clips[part]],
+                samples=torch.from_numpy(self._samples[part]),
+                bucket=0,
             )
             result.append((batch, self._weights[part]))
         return result

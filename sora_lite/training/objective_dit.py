@@ -3,6 +3,7 @@
 Shapes: B batch, C latent channels, T H W frames and pixels, t h w latent frames and cells.
 """
 
+import copy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -78,10 +79,14 @@ class DiTObjective:
         with torch.device("meta"):
             dit = VideoDiT(**self.architecture)
             latent = torch.empty(1, *self.vae.latent_shape(frames, height, width))
-            text = torch.ones(1, (self.max_bytes or 0) + 1, dtype=torch.int64)
-            conditions = Conditions(labels=torch.zeros(1, dtype=torch.int64), text=text)
             time = torch.empty(1)
-        return count_flops(lambda: dit(latent, time, conditions))
+        return count_flops(lambda: dit(latent, time, dit.no_conditions(1)))
+
+    def cost(self, frames: int, height: int, width: int) -> float:
+        """FLOPs of encoding a clip, and of the DiT's forward and backward pass, which is two of it."""
+        vae = copy.deepcopy(self.vae).to("meta")
+        clip = torch.empty(1, 3, frames, height, width, device="meta")
+        return count_flops(lambda: vae.encode(clip)) + 3 * self.flops(frames, height, width)
 
     def _seed(self, batch: ClipBatch, purpose: str) -> list[int]:
         return [hash_seed(self.seed, batch.step, int(position), purpose) for position in batch.positions]

@@ -51,6 +51,10 @@ class VAEObjective:
             noise = torch.empty(1, *vae.latent_shape(frames, height, width))
         return count_flops(lambda: vae(video, noise))
 
+    def cost(self, frames: int, height: int, width: int) -> float:
+        """FLOPs of a forward and a backward pass, which is two of it."""
+        return 3 * self.flops(frames, height, width)
+
     def loss(self, engine: Engine, batch: ClipBatch) -> Loss:
         vae = self._vae(engine)
         video = to_float(batch.video.to(self.rank.device, non_blocking=True))  # B 3 T H W

@@ -24,8 +24,9 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        # A position table is a bare parameter; layers inside an embedder are ordinary matrices.
-        table = "embed" in name.rpartition(".")[2].lower()
+        # A table of positions or of modulations is a bare parameter; layers inside an embedder are ordinary matrices.
+        own = name.rpartition(".")[2].lower()
+        table = "embed" in own or "table" in own
         exempt = parameter.ndim < 2 or "norm" in name.lower() or table or id(parameter) in embeddings
         (plain if exempt else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]

@@ -55,6 +55,7 @@ RULES: dict[str, tuple[Rule, str]] = {
     "data.fps": (_KEPT, "decides what the model sees, and which clips are long enough"),
     "data.buckets": (_KEPT, "decides what the model sees, and the order"),
     "data.batch_tokens": (_KEPT, "decides the batches"),
+    "data.batch_by": (_KEPT, "decides the batches"),
     "data.divisor": (_KEPT, "decides the batches"),
     "data.block_shards": (_KEPT, "decides the order"),
     "data.flip": (_KEPT, "decides what the model sees"),

@@ -19,8 +19,8 @@ import torch
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
-from sora_lite.config import BaseTrainConfig, DataConfig
-from sora_lite.data.buckets import rows_from
+from sora_lite.config import BaseTrainConfig, BatchBy, DataConfig
+from sora_lite.data.buckets import Budget, Row, rows_from
 from sora_lite.data.compiled import open_buckets, open_index
 from sora_lite.data.index import Index
 from sora_lite.data.joined import Joined, open_join
@@ -96,7 +96,7 @@ class Trainer:
                 index,
                 count=count,
                 shape=bucket.shape,
-                fps=config.data.fps,
+                fps=bucket.fps,
                 rank=rank,
                 batch=micro,
                 latents=latents,
@@ -264,7 +264,7 @@ class Trainer:
             "finished": self.finished,
             "flops": self.flops,
             "clip": list(self.loader.order.buckets[0].shape),
-            "fps": self.config.data.fps or 0.0,
+            "fps": self.loader.order.buckets[0].fps or 0.0,
         }
         checkpoint.save(
             self.checkpoints,
@@ -358,7 +358,7 @@ def load_split(data: DataConfig, split: str, rank: Rank, *, required: bool = Tru
 def load_latents(data: DataConfig, index: Index, split: str, objective: Objective, rank: Rank) -> Joined | None:
     """The latents of an index, if there are any. All ranks call it."""
     folders = [Path(folder) if folder else None for folder in data.latent_folders]
-    expected = {"fingerprint": objective.state().get("vae_fingerprint"), "fps": data.fps}
+    expected = {"fingerprint": objective.state().get("vae_fingerprint")}
     return rank.main_first(
         lambda: open_join(
             index,
@@ -372,18 +372,36 @@ def load_latents(data: DataConfig, index: Index, split: str, objective: Objectiv
     )
 
 
+def make_rows(data: DataConfig, objective: Objective) -> list[Row]:
+    """The configured bucket table, with the batches that it leaves to the budget."""
+    rules = [
+        Row(
+            shape=(rule.frames, rule.resolution[0], rule.resolution[1]),
+            keep=rule.keep,
+            batch=rule.batch or 0,
+            fps=rule.fps or data.fps,
+        )
+        for rule in data.buckets
+    ]
+    budget = Budget(
+        cost=objective.cost if data.batch_by is BatchBy.flops else objective.tokens,
+        tokens=objective.tokens,
+        batch_tokens=data.batch_tokens,
+        divisor=data.divisor,
+    )
+    return rows_from(rules, budget)
+
+
 def make_loader(
     config: BaseTrainConfig, index: Index, objective: Objective, rank: Rank, latents: Joined | None = None
 ) -> ClipLoader:
     """The loader of the configured data for this rank. All ranks call it."""
     data = config.data
-    rules = [((rule.resolution[0], rule.resolution[1]), rule.frames, rule.keep, rule.batch) for rule in data.buckets]
-    rows = rows_from(rules, objective.tokens, data.batch_tokens, data.divisor)
-    rank.main_first(lambda: open_buckets(index, rows, data.fps))
+    rows = make_rows(data, objective)
+    rank.main_first(lambda: open_buckets(index, rows))
     return ClipLoader(
         index,
         rows,
-        fps=data.fps,
         seed=config.run.seed,
         block_shards=data.block_shards,
         flip=data.flip,

@@ -78,7 +78,7 @@ def train_plainly(kind: str, tiny: Tiny) -> list[float]:
         )
     loader = ClipLoader(
         Index.load(tiny.shards, "train"), [Row(shape=(17, 32, 32), keep=1.0, batch=BATCH)],
-        fps=None, seed=config.run.seed, block_shards=config.data.block_shards, flip=False,
+        seed=config.run.seed, block_shards=config.data.block_shards, flip=False,
         rank=0, world_size=1, accumulation=1, workers=0, cache_bytes=0, pin=False,
     )  # fmt: skip
     model = objective.module

@@ -69,7 +69,7 @@ def test_commands_run_from_an_empty_folder(installed: Path, tmp_path: Path) -> N
     where = run(installed / "python", "-c", "import sora_lite; print(sora_lite.__file__)", cwd=tmp_path)
     assert Path(where.strip()).is_relative_to(installed.parent)
 
-    printed = run(installed / "sora-lite", "train", "--cfg", "job", "model=dit_b_2", "run.steps=7", cwd=tmp_path)
+    printed = run(installed / "sora-lite", "train", "--cfg", "job", "model=video_b", "run.steps=7", cwd=tmp_path)
     assert "steps: 7" in printed and "width: 768" in printed
 
     assert "groups:" in run(installed / "sora-lite", "train", "--help", cwd=tmp_path)

@@ -75,7 +75,7 @@ class TestConfiguration:
         assert not list(tmp_path.iterdir())
 
     def test_mistyped_choice_and_verb(self, tiny: Tiny, tmp_path: Path, refused: Refused) -> None:
-        assert "dit_tiny" in refused(*train_words(tiny, tmp_path, "model=dit_tinny"))
+        assert "video_tiny" in refused(*train_words(tiny, tmp_path, "model=video_tinny"))
         assert "did you mean train" in refused("trian")
 
     def test_wrong_type(self, tiny: Tiny, tmp_path: Path, refused: Refused) -> None:

@@ -544,7 +544,7 @@ def test_shards_of_others(what: str | None, tmp_path: Path, capsys: pytest.Captu
     assert snapshot(tmp_path) == before
     with contextlib.suppress(UserError):
         index = Index.load(root / "shards", "train")
-        reader = ClipReader(index, fps=None, cache_bytes=0)
+        reader = ClipReader(index, cache_bytes=0)
         for sample in range(len(index)):
             with contextlib.suppress(DamagedSample, BadVideo):
                 assert reader.read(sample, (hostile.FRAMES, 48, 64)).frames.shape == (hostile.FRAMES, 48, 64, 3)

@@ -24,6 +24,7 @@ from sora_lite.data.compiled import open_index
 from sora_lite.data.index import Index
 from sora_lite.data.joined import Joined, LatentReader, open_join
 from sora_lite.data.loader import ClipBatch, ClipLoader, ClipReader
+from sora_lite.data.remote import ReadCounts
 from sora_lite.data.shards import MANIFEST, DamagedSample, Manifest, Sample, ShardWriter, clip_digits
 from sora_lite.errors import UserError
 from sora_lite.evaluation.record import RECORD, read_record
@@ -47,7 +48,7 @@ def latents(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def joined(tiny: Tiny, index: Index, *folders: Path | None) -> Joined | None:
-    expected = {"fingerprint": load_vae(tiny.vae)[1].vae_fingerprint, "fps": None}
+    expected = {"fingerprint": load_vae(tiny.vae)[1].vae_fingerprint}
     return open_join(index, folders, "train", content="latents", expected=expected)
 
 
@@ -55,8 +56,8 @@ def joined(tiny: Tiny, index: Index, *folders: Path | None) -> Joined | None:
 def test_a_latent_is_what_encoding_on_the_fly_gives(tiny: Tiny, latents: Path, at_once: int) -> None:
     """Whatever the batch: oneDNN's convolutions may round otherwise for another batch, by some ulp."""
     index = Index.load(tiny.shards, "train")
-    raw, cached = ClipReader(index, fps=None, cache_bytes=0), ClipReader(
-        index, fps=None, cache_bytes=0, latents=joined(tiny, index, latents)
+    raw, cached = ClipReader(index, cache_bytes=0), ClipReader(
+        index, cache_bytes=0, latents=joined(tiny, index, latents)
     )  # fmt: skip
     vae, _ = load_vae(tiny.vae)
     for start in range(0, len(index), at_once):
@@ -115,15 +116,22 @@ def read(tiny: Tiny, sets: list, *, world_size: int = 1, workers: int = 0, compi
     for rank in range(world_size):
         loader = ClipLoader(
             index, [Row(shape=SHAPE, keep=1.0, batch=BATCH)],
-            fps=None, seed=5, block_shards=2, flip=False, rank=rank, world_size=world_size, accumulation=1,
+            seed=5, block_shards=2, flip=False, rank=rank, world_size=world_size, accumulation=1,
             workers=workers, cache_bytes=0, pin=False, latents=cached,
         )  # fmt: skip
         ranks.append(list(loader.steps(0, 3)))
     return [join([batch for (batch,) in step]) for step in zip(*ranks, strict=True)]
 
 
+def test_a_latent_of_another_rate_or_size_is_passed_over(tiny: Tiny, latents: Path) -> None:
+    index = Index.load(tiny.shards, "train")
+    found = LatentReader(joined(tiny, index, latents), ReadCounts())
+    assert found.find(0, SHAPE, 8.0) == 0
+    assert found.find(0, SHAPE, 16.0) is None and found.find(0, (13, 32, 32), 8.0) is None
+
+
 def assert_same(one: ClipBatch, other: ClipBatch) -> None:
-    assert (one.keys, one.captions) == (other.keys, other.captions)
+    assert (one.keys, one.captions, one.views) == (other.keys, other.captions, other.views)
     assert one.is_latent.equal(other.is_latent) and one.video.equal(other.video)
     for mine, theirs in ((one.mean, other.mean), (one.logvar, other.logvar)):
         assert (mine is None) == (theirs is None) and (mine is None or mine.equal(theirs))
@@ -141,7 +149,8 @@ def test_steps_are_the_same_for_any_number_of_ranks_and_workers(tiny: Tiny, kind
     for here, there in zip(read(tiny, kinds[kind], compiled=False), whole, strict=True):
         assert_same(here, there)
     if kind == "latent":
-        assert [batch.keys for batch in whole] == [batch.keys for batch in read(tiny, kinds["raw"])]
+        for here, there in zip(whole, read(tiny, kinds["raw"]), strict=True):
+            assert (here.keys, here.captions, here.views) == (there.keys, there.captions, there.views)
 
 
 def test_the_model_sees_the_same(tiny: Tiny, kinds: dict) -> None:
@@ -168,8 +177,6 @@ def test_other_latents_are_refused(tiny: Tiny, latents: Path, tmp_path: Path) ->
     other = tmp_path / "other"
     assert encode(tiny.shards, other, make_vae(tmp_path / "vae", tiny.shards, seed=1)) == 0
     refused(other, "was made with fingerprint")
-    assert encode(tiny.shards, tmp_path / "rate", tiny.vae, "fps=8") == 0
-    refused(tmp_path / "rate", "was made with fps 8.0, not None")
     refused(tiny.shards, "holds clips, not latents; give it as data.shards")
     with pytest.raises(UserError, match="holds latents, not clips; give it as"):
         open_index([latents], "train")
@@ -262,7 +269,7 @@ def test_encoding_refuses_what_does_not_fit(
     tiny: Tiny, latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert encode(tiny.shards, latents, tiny.vae, "fps=8") == 2
-    assert "holds what was made with another fps" in capsys.readouterr().err
+    assert "holds what was made with another buckets" in capsys.readouterr().err
     assert encode(latents, tmp_path / "out", tiny.vae) == 2
     assert "holds latents, which cannot be encoded" in capsys.readouterr().err
     assert encode(tiny.shards, tmp_path / "out", tiny.vae, "buckets=[{resolution: [30, 32], frames: 17}]") == 2
@@ -317,14 +324,14 @@ def test_a_damaged_latent_is_replaced_and_named(tiny: Tiny, latents: Path, tmp_p
 )
 def test_rubbish_in_a_latent_is_damage(tiny: Tiny, tmp_path: Path, media: bytes) -> None:
     index = Index.load(tiny.shards, "train")
-    meta = ClipReader(index, fps=None, cache_bytes=0).meta(0)
+    meta = ClipReader(index, cache_bytes=0).meta(0)
     made_of = clip_digits(int(index.crc32c[0]))
     with ShardWriter(tmp_path / "train-000000.tar", "train") as writer:
         writer.add(Sample(key=index.key(0), ext="latent.safetensors", media=media, meta=meta, made_of=made_of))
     manifest = Manifest(config_hash="", content="latents", shards=[writer.entry])
     made = Index.of([tmp_path], [manifest], "train", content="latents")
     with pytest.raises(DamagedSample):
-        LatentReader(Joined(index=made, rows=np.zeros(1, np.int64))).read(0)
+        LatentReader(Joined(index=made, rows=np.zeros(1, np.int64)), ReadCounts()).read(0)
 
 
 def test_captions_are_encoded_once(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -335,8 +342,8 @@ def test_captions_are_encoded_once(tiny: Tiny, tmp_path: Path, capsys: pytest.Ca
     manifest, encoder = Manifest.load(tmp_path / "text"), FrozenTextEncoder(folder, max_tokens=16)
     assert (manifest.content, manifest.encoding["fingerprint"]) == ("text", encoder.fingerprint())
     index = Index.load(tiny.shards, "train")
-    reader = ClipReader(index, fps=None, cache_bytes=0)
-    captions = {index.key(sample): reader.words(sample)[0] for sample in range(len(index))}
+    reader = ClipReader(index, cache_bytes=0)
+    captions = {index.key(sample): reader.captions(sample) for sample in range(len(index))}
     for path in (tmp_path / "text").glob("train-*.tar"):
         for sample in webdataset.WebDataset(str(path), shardshuffle=False):
             text, expected = load(sample["text.safetensors"]), encoder(captions.pop(sample["__key__"]))

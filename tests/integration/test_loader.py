@@ -34,7 +34,7 @@ def make_loader(
 ) -> ClipLoader:
     return ClipLoader(
         Index.load(shards, "train"), [Row(shape=SHAPE, keep=1.0, batch=BATCH)],
-        fps=None, seed=5, block_shards=2, flip=True, rank=rank, world_size=world_size, accumulation=accumulation,
+        seed=5, block_shards=2, flip=True, rank=rank, world_size=world_size, accumulation=accumulation,
         workers=workers, cache_bytes=cache_bytes, pin=False,
     )  # fmt: skip
 
@@ -61,6 +61,9 @@ def join(batches: list[ClipBatch]) -> ClipBatch:
         labels=torch.cat([batch.labels for batch in batches])[order],
         positions=positions[order],
         step=batches[0].step,
+        views=[[view for batch in batches for view in batch.views][place] for place in order.tolist()],
+        samples=torch.cat([batch.samples for batch in batches])[order],
+        bucket=batches[0].bucket,
         bad=[one for batch in batches for one in batch.bad],
     )
 
@@ -76,8 +79,9 @@ def read(shards: Path, *, start: int = 0, world_size: int = 1, accumulation: int
 
 
 def assert_same(one: ClipBatch, other: ClipBatch) -> None:
-    assert (one.keys, one.captions, one.step) == (other.keys, other.captions, other.step)
-    assert one.positions.equal(other.positions) and one.labels.equal(other.labels)
+    for name in ("keys", "captions", "step", "views", "bucket"):
+        assert getattr(one, name) == getattr(other, name)
+    assert one.samples.equal(other.samples) and one.positions.equal(other.positions) and one.labels.equal(other.labels)
     assert one.video.equal(other.video)
 
 
@@ -125,6 +129,9 @@ class TestSameSteps:
             for caption, label in zip(batch.captions, batch.labels.tolist(), strict=True):
                 assert words[label] in caption
             assert batch.video.float().flatten(1).std(1).min() > 10
+            assert {view.crop for view in batch.views} == {(0, 0, 32, 32)} and len(
+                set(batch.views)
+            ) == 2  # flipped or not
 
 
 class TestMixture:
@@ -135,7 +142,7 @@ class TestMixture:
     def loader(self, folders: list[Path], *, rank: int = 0, world_size: int = 1, workers: int = 0) -> ClipLoader:
         return ClipLoader(
             open_index(folders, "train"), list(self.ROWS),
-            fps=None, seed=5, block_shards=2, flip=True, rank=rank, world_size=world_size, accumulation=1,
+            seed=5, block_shards=2, flip=True, rank=rank, world_size=world_size, accumulation=1,
             workers=workers, cache_bytes=0, pin=False, weights=[3, 1], image_ratio=0.5,
         )  # fmt: skip
 
@@ -174,12 +181,11 @@ class Recorder:
     text: list[Tensor] = field(default_factory=list)
 
     def __call__(self, x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
-        labels, text = conditions.labels, conditions.text
-        assert labels is not None and text is not None
+        assert conditions.labels is not None and conditions.text is not None
         self.x.append(x)
         self.times.append(t)
-        self.labels.append(labels)
-        self.text.append(nn.functional.pad(text, (0, 64 - text.shape[1]), value=PAD))
+        self.labels.append(conditions.labels)
+        self.text.append(nn.functional.pad(conditions.text, (0, 64 - conditions.text.shape[1]), value=PAD))
         return torch.zeros_like(x)
 
 

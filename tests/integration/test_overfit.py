@@ -97,7 +97,7 @@ class Learned:
 def learned(tmp_path_factory: pytest.TempPathFactory) -> Learned:
     folder = tmp_path_factory.mktemp("overfit")
     shards = pack(folder)
-    reader = ClipReader(Index.load(shards, "train"), fps=None, cache_bytes=0)
+    reader = ClipReader(Index.load(shards, "train"), cache_bytes=0)
     clips = [reader.read(sample, SHAPE) for sample in range(len(LABELS))]
     video = to_float(torch.from_numpy(np.stack([clip.frames for clip in clips])).permute(0, 4, 1, 2, 3))
     vae = train_vae(folder / "vae", video)

@@ -46,7 +46,7 @@ STEPS, SAVE_EVERY = 16, 4
 LAYOUT = [BUCKETS, "data.workers=1", "data.cache_mb=64", "optim.warmup_steps=0", "run.log_every=1", "logging=quiet"]
 VAE = ["train-vae", "run.name=my_vae", "data.shards=shards", "vae=tiny", "run.steps=12", "optim.lr=2e-3", *LAYOUT]
 DIT = [
-    "train", "run.name=my_dit", "data.shards=shards", "vae_from=runs/my_vae", "model=dit_tiny", "model.num_classes=0",
+    "train", "run.name=my_dit", "data.shards=shards", "vae_from=runs/my_vae", "model=video_tiny", "model.num_classes=0",
     f"run.steps={STEPS}", f"run.save_every={SAVE_EVERY}", "run.validate_every=8", *LAYOUT,
 ]  # fmt: skip
 
@@ -156,11 +156,11 @@ def test_videos_of_three_shapes_become_shards(home: Path) -> None:
     captions = {}
     for split, index in splits.items():
         assert set(index.frames) <= {1, 17} and set(index.width) == {128}
-        reader = ClipReader(index, fps=16, cache_bytes=0)
+        reader = ClipReader(index, cache_bytes=0)
         metas = [reader.meta(i) for i in range(len(index))]
         assert all(abs(meta["fps"] - 16) < 1e-9 for meta in metas if meta["frames"] > 1)
         captions[split] = {caption for meta in metas for caption in meta["captions"]}
-        clip = reader.read(int(np.argmax(index.frames)), (17, 64, 112))
+        clip = reader.read(int(np.argmax(index.frames)), (17, 64, 112), 16)
         assert clip.frames.shape == (17, 64, 112, 3) and clip.frames.std() > 10
     assert captions["validation"] == {HELD_OUT, "a man, badly compressed"}
     assert len(captions["train"]) == 4

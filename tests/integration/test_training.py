@@ -27,7 +27,7 @@ def test_trained_statistics_are_those_of_the_latents(stage: int, tiny: Tiny, tmp
     assert call("export", f"run={tmp_path / 'tiny_vae'}") == 0
     vae, _ = load_vae(tmp_path / "tiny_vae")
     index = Index.load(tiny.shards, "train")
-    reader = ClipReader(index, fps=None, cache_bytes=0)
+    reader = ClipReader(index, cache_bytes=0)
     clips = np.stack([reader.read(sample, (17, 32, 32)).frames for sample in range(len(index))])
     with torch.no_grad():
         posterior = vae.encode(to_float(torch.from_numpy(clips).permute(0, 4, 1, 2, 3)))

@@ -3,6 +3,7 @@
 import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,9 @@ from sora_lite.data.shards import Manifest, Sample, ShardWriter
 from sora_lite.errors import UserError
 
 ROWS = [
-    Row(shape=(17, 32, 48), keep=0.5, batch=8),
-    Row(shape=(1, 32, 48), keep=1.0, batch=8),
-    Row(shape=(5, 48, 32), keep=1.0, batch=4),
+    Row(shape=(17, 32, 48), keep=0.5, batch=8, fps=8.0),
+    Row(shape=(1, 32, 48), keep=1.0, batch=8, fps=8.0),
+    Row(shape=(5, 48, 32), keep=1.0, batch=4, fps=8.0),
 ]
 
 
@@ -83,9 +84,9 @@ def test_first_by_key_are_few_where_there_are_many(folders: list[Path], monkeypa
 def test_buckets_are_those_in_memory(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "CHUNK", 7)
     in_memory, mapped = Index.load(folders, "train"), open_index(folders, "train")
-    expected = open_buckets(in_memory, ROWS, 8.0)
+    expected = open_buckets(in_memory, ROWS)
     for _ in range(2):  # compiled, then found
-        buckets = open_buckets(mapped, ROWS, 8.0)
+        buckets = open_buckets(mapped, ROWS)
         for one, other in zip(buckets, expected, strict=True):
             assert (one.shape, one.batch) == (other.shape, other.batch)
             assert all((getattr(one, n) == getattr(other, n)).all() for n in ("samples", "shards", "starts"))
@@ -98,9 +99,11 @@ def test_buckets_are_those_in_memory(folders: list[Path], monkeypatch: pytest.Mo
     for step in range(40):
         assert (orders[0].step(step)[0].samples == orders[1].step(step)[0].samples).all()
     other_rows = [*ROWS[:2], Row(shape=(5, 48, 32), keep=0.9, batch=4)]
-    open_buckets(mapped, other_rows, 8.0)
-    open_buckets(mapped, ROWS, 7.0)
-    open_buckets(mapped, [*ROWS[:2], Row(shape=(5, 48, 32), keep=1.0, batch=64)], 8.0)  # the batch decides no bucket
+    open_buckets(mapped, other_rows)
+    open_buckets(mapped, [replace(row, fps=7.0) for row in ROWS])
+    open_buckets(
+        mapped, [*ROWS[:2], Row(shape=(5, 48, 32), keep=1.0, batch=64, fps=8.0)]
+    )  # the batch decides no bucket
     assert len(list(mapped.folder.glob("buckets-*"))) == 3
 
 
@@ -109,7 +112,7 @@ def test_a_row_without_samples_is_named_and_leaves_nothing(folders: list[Path]) 
     rows = [*ROWS, Row(shape=(41, 32, 48), keep=1.0, batch=8)]
     for one in (mapped, Index.load(folders, "train")):
         with pytest.raises(UserError, match=r"data\.buckets\[3\]: none of the 78 samples.*longest has 24 frames"):
-            open_buckets(one, rows, None)
+            open_buckets(one, rows)
     assert not list(mapped.folder.glob("buckets-*"))
 
 
@@ -130,7 +133,7 @@ def test_other_content_gets_another_folder(folders: list[Path]) -> None:
 
 def test_many_may_compile_at_once(folders: list[Path]) -> None:
     def work(_: int) -> list[int]:
-        return open_buckets(open_index(folders, "train"), ROWS, None)[0].samples.tolist()
+        return open_buckets(open_index(folders, "train"), ROWS)[0].samples.tolist()
 
     with ThreadPoolExecutor(6) as pool:
         results = list(pool.map(work, range(6)))

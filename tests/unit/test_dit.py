@@ -1,5 +1,7 @@
+import functools
+import itertools
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -8,11 +10,27 @@ from sora_lite.models.conditions import Conditions
 from sora_lite.models.dit import VideoDiT
 from sora_lite.models.layers import SelfAttention, TimestepEmbedding
 from sora_lite.models.patch import patchify, token_grid, unpatchify
-from sora_lite.models.rope import axis_split, rotate, rotation
+from sora_lite.models.positions import Scaling, axis_split, rotate, rotation, sincos
 from sora_lite.models.text import BEGIN, PAD, ByteTextEncoder, tokenize
 from sora_lite.parallel.apply import apply_activation_checkpointing
 
 TEXT = {"width": 16, "depth": 1, "heads": 2, "max_bytes": 12}
+FEATURES = {"text": None, "text_features": 10}
+PAPER = {"text": None, "positions": "sincos", "qk_norm": "none", "gelu": "tanh", "learn_variance": True}
+WAN = {**FEATURES, "num_classes": 0, "text_tokens": 5, "qk_norm": "full", "modulation": "shared", "gelu": "tanh"}
+LATTE = {**FEATURES, "num_classes": 0, "positions": "sincos", "attention": "factorised", "qk_norm": "none",
+         "modulation": "shared", "gelu": "tanh", "cross_norm": False}  # fmt: skip
+MODELS = {
+    "ours": {},
+    "paper": PAPER,
+    "wan": WAN,
+    "latte": LATTE,
+    "factorised": {"attention": "factorised"},
+    "joint": {"text_attention": "joint"},
+    "joint, features": {**FEATURES, "text_attention": "joint", "modulation": "shared", "pooled_features": 7},
+    "frames": {"frame_conditions": True},
+}
+"""Kinds of model, by the arguments in which they differ from ours."""
 
 
 def make(**changes) -> VideoDiT:
@@ -34,6 +52,111 @@ def inputs(batch: int = 3, frames: int = 3, height: int = 4, width: int = 6):
     )
 
 
+def conditions_for(model: VideoDiT, batch: int = 3, frames: int = 3) -> Conditions:
+    """Conditions for whatever a model reads; the texts of a batch are 3, 0, 4, ... tokens long."""
+    generator = torch.Generator().manual_seed(2)
+    given: dict[str, torch.Tensor] = {}
+    if model.num_classes:
+        given["labels"] = torch.arange(batch) % 4
+    if isinstance(model.text, ByteTextEncoder):
+        given["text"] = tokenize(["a cat", "", "two dogs run"][:batch], 12)
+    elif model.text is not None:
+        given["text"] = torch.randn(batch, 4, 10, generator=generator)
+        given["text_mask"] = torch.arange(4) < torch.tensor([3, 0, 4])[:batch, None]
+    if model.pooled_features:
+        given["pooled"] = torch.randn(batch, 7, generator=generator)
+    if model.embed_frames is not None:
+        given["frames"] = torch.randn(batch, 4, frames, 4, 6, generator=generator)
+        given["frame_mask"] = (torch.arange(frames) == 0).float().view(1, 1, -1, 1, 1).repeat(batch, 1, 1, 1, 1)
+    return Conditions(**given)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_kind_starts_at_zero_and_all_of_it_learns(kind: str) -> None:
+    torch.manual_seed(0)
+    fresh = VideoDiT(
+        **{"channels": 4, "width": 24, "depth": 4, "heads": 2, "num_classes": 3, "text": TEXT} | MODELS[kind]
+    )
+    latent, time, _ = inputs()
+    assert fresh(latent, time, conditions_for(fresh)).abs().max() == 0
+    model = make(depth=4, **MODELS[kind])
+    given = conditions_for(model)
+    out = model(latent, time, given)
+    assert out.shape == (3, 8 if kind == "paper" else 4, 3, 4, 6)
+    out.square().mean().backward()
+    still = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert not still
+    # What a joint block's last text queries ask, nobody hears; all else moves the prediction.
+    deaf = [name for name, parameter in model.named_parameters() if not parameter.grad.abs().max() > 0]
+    assert all(name.startswith("blocks.3.text.attention.norm_q") for name in deaf)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_samples_do_not_mix(kind: str) -> None:
+    """A permuted batch gives permuted predictions."""
+    model = make(**MODELS[kind])
+    latent, time, _ = inputs()
+    given, order = conditions_for(model), torch.tensor([2, 0, 1])
+    out = model(latent, time, given)
+    values = {field.name: getattr(given, field.name) for field in fields(given)}
+    permuted = Conditions(**{name: None if value is None else value[order] for name, value in values.items()})
+    torch.testing.assert_close(model(latent[order], time[order], permuted), out[order], rtol=1e-4, atol=1e-5)
+    assert (out[0] - out[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["wan", "latte", "joint, features"])
+def test_padding_of_features_changes_nothing(kind: str) -> None:
+    """Neither how much there is, nor what is in it; not even for a text without a token."""
+    model = make(**MODELS[kind])
+    latent, time, _ = inputs()
+    given = conditions_for(model)
+    out = model(latent, time, given)
+    noise = torch.where(given.text_mask[..., None], given.text, 1e3 * torch.randn_like(given.text))
+    torch.testing.assert_close(model(latent, time, replace(given, text=noise)), out, rtol=1e-5, atol=1e-5)
+    more = replace(
+        given, text=torch.nn.functional.pad(noise, (0, 0, 0, 1), value=7.0),
+        text_mask=torch.nn.functional.pad(given.text_mask, (0, 1)),
+    )  # fmt: skip
+    torch.testing.assert_close(model(latent, time, more), out, rtol=1e-5, atol=1e-5)
+    assert torch.isfinite(out).all()
+    changed = model(latent, time, replace(given, text=given.text + given.text_mask[..., None] * 0.5))
+    difference = (changed - out).abs().flatten(1).amax(1)
+    assert difference[0] > 1e-4 and difference[2] > 1e-4 and difference[1] < 1e-5
+    if kind == "wan":
+        with pytest.raises(ValueError, match="at most 5"):
+            model(latent, time, more.cat(replace(more, text=torch.randn(3, 6, 10), text_mask=torch.ones(3, 6).bool())))
+
+
+def test_given_frames_start_without_effect_and_none_is_zero() -> None:
+    torch.manual_seed(0)
+    model = VideoDiT(channels=4, width=24, depth=1, heads=2, num_classes=3, text=None, frame_conditions=True)
+    assert model.embed_frames.weight.abs().max() == 0
+    model = make(frame_conditions=True)
+    latent, time, _ = inputs()
+    given = conditions_for(model)
+    nothing = replace(given, frames=torch.zeros_like(latent), frame_mask=torch.zeros(3, 1, 3, 1, 1))
+    without = model(latent, time, replace(given, frames=None, frame_mask=None))
+    assert torch.equal(model(latent, time, nothing), without)
+    assert (model(latent, time, given) - without).abs().max() > 1e-3
+    # That a frame is given counts, also where it is all zeros.
+    black = model(latent, time, replace(nothing, frame_mask=given.frame_mask))
+    assert (black - without).abs().max() > 1e-3
+
+
+def test_what_the_model_reads_must_be_there() -> None:
+    latent, time, given = inputs()
+    for missing in ("labels", "text"):
+        with pytest.raises(ValueError, match=f"reads `{missing}`"):
+            make()(latent, time, replace(given, **{missing: None}))
+    with pytest.raises(ValueError, match="joint"):
+        make(text_attention="joint", text=None)
+    with pytest.raises(ValueError, match="not both"):
+        make(text_features=3)
+    with pytest.raises(ValueError, match="7 wide"):
+        model = make(**WAN)
+        model(latent, time, Conditions(text=torch.zeros(3, 2, 7), text_mask=torch.ones(3, 2).bool()))
+
+
 def test_starts_as_zero_and_the_identity() -> None:
     torch.manual_seed(0)
     model = VideoDiT(channels=4, width=24, depth=2, heads=2, num_classes=3, text=TEXT)
@@ -42,13 +165,77 @@ def test_starts_as_zero_and_the_identity() -> None:
     x, condition = torch.randn(3, 18, 24), torch.randn(3, 24)
     features, real = model.text(given.text)
     rope = rotation((3, 2, 3), 12, 1e4, x.device)
-    assert torch.equal(model.blocks[0](x, condition, rope, features, real[:, None, None]), x)
+    assert torch.equal(model.blocks[0](x, condition, rope, (3, 2, 3), features, real[:, None, None]), x)
 
 
-@pytest.mark.parametrize("shape", [(1, 4, 4), (2, 4, 4), (5, 2, 8), (3, 8, 2), (9, 6, 4)])
-def test_one_model_takes_any_shape(shape: tuple[int, int, int]) -> None:
-    latent, time, given = inputs(2, *shape)
-    assert make()(latent, time, given).shape == latent.shape
+@pytest.mark.parametrize("kind", ["ours", "factorised", "latte", "joint"])
+def test_one_model_trains_on_many_shapes(kind: str) -> None:
+    """Clips of 1, 5, 17 and 33 frames (1, 2, 5 and 9 latent frames) at 4 aspect ratios, in turns."""
+    model = make(**MODELS[kind])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    shapes = list(itertools.product((1, 2, 5, 9), ((4, 4), (2, 8), (8, 2), (4, 6))))
+    first: dict = {}
+    for _ in range(12):
+        for frames, (height, width) in shapes:
+            latent, time, _ = inputs(2, frames, height, width)
+            out = model(latent, time, conditions_for(model, 2, frames))
+            loss = (out - latent).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            first.setdefault((frames, height, width), loss.item())
+            assert loss.item() < 10
+    with torch.no_grad():
+        for shape, before in first.items():
+            latent, time, _ = inputs(2, *shape)
+            assert (model(latent, time, conditions_for(model, 2, shape[0])) - latent).square().mean() < 0.6 * before
+
+
+@pytest.mark.parametrize("kind", ["factorised", "latte"])
+def test_factorised_attention_reaches_all_tokens_in_two_blocks(kind: str) -> None:
+    """One block within a frame, one along time: after the first a frame has seen itself only."""
+    model = make(depth=2, **MODELS[kind])
+    latent, time, _ = inputs(1)
+    given = conditions_for(model, 1)
+    changed = latent.clone()
+    changed[:, :, 0, :2, :2] += 1  # one token
+    seen = []
+    model.blocks[0].register_forward_hook(lambda _m, _a, out: seen.append(out))
+    one, other = model(latent, time, given), model(changed, time, given)
+    frames = (seen[0] - seen[1]).abs().amax(-1).view(3, 6) > 1e-6
+    assert frames.tolist() == [[True] * 6, [False] * 6, [False] * 6]
+    assert ((one - other).abs().amax(1) > 0).all()
+
+
+def test_positions_beyond_training_are_brought_back() -> None:
+    plain = functools.partial(rotation, head_width=24, theta=1e4, device=torch.device("cpu"))
+    trained, larger = (2, 4, 4), (2, 8, 12)
+    linear = plain(larger, scaling=Scaling(method="linear", grid=trained))[1].view(2, 8, 12, 12)
+    inside = plain(trained)[1].view(2, 4, 4, 12)
+    torch.testing.assert_close(linear[:, ::2, ::3], inside)  # every second row and third column is a trained place
+    ntk_cos, ntk_sin = plain(larger, scaling=Scaling(method="ntk", grid=trained))
+    angle = torch.atan2(ntk_sin, ntk_cos).view(2, 8, 12, 12)
+    assert angle[0, 1, 0, 4].item() == pytest.approx(1.0)  # the first frequency of rows is as before
+    lowest = 1e4 ** (-6 / 8)  # the last one of four is divided by the factor, 2
+    assert angle[0, 1, 0, 7].item() == pytest.approx(lowest / 2, rel=1e-5)
+    for method in ("linear", "ntk"):  # nothing changes within what was trained
+        for a, b in zip(plain((1, 3, 4), scaling=Scaling(method=method, grid=trained)), plain((1, 3, 4)), strict=True):
+            assert torch.equal(a, b)
+    place, _ = sincos((1, 8, 4), 16, torch.device("cpu"), Scaling(method="linear", grid=(1, 4, 4)))
+    torch.testing.assert_close(place.view(8, 4, 16)[::2], sincos((1, 4, 4), 16, torch.device("cpu"))[0].view(4, 4, 16))
+
+
+def test_rope_makes_the_model_blind_to_where_everything_is_shifted() -> None:
+    """Attention by differences of positions: rotating all tokens by the same offset changes no prediction."""
+    model = make()
+    latent, time, given = inputs()
+    out = model(latent, time, given)
+    whole = rotation((5, 4, 7), 12, 1e4, torch.device("cpu"))
+    shifted = tuple(table.view(5, 4, 7, 6)[2:, 2:, 4:].reshape(-1, 6) for table in whole)  # a grid of 3, 2, 3
+    model._place = lambda x, grid: (x, shifted, None)
+    torch.testing.assert_close(model(latent, time, given), out, rtol=1e-4, atol=1e-5)
+    model._place = lambda x, grid: (x, tuple(table[torch.randperm(18)] for table in shifted), None)
+    assert (model(latent, time, given) - out).abs().max() > 1e-4
 
 
 def test_every_condition_matters_and_samples_do_not_mix() -> None:
@@ -142,16 +329,6 @@ def test_time_embedding_is_the_papers_on_thousandths() -> None:
     embedding(torch.tensor([0.25]))
     assert seen[0][0, 0].item() == pytest.approx(math.cos(250.0), abs=1e-4)
     assert seen[0][0, 128 + 64].item() == pytest.approx(math.sin(250.0 * 10_000**-0.5), abs=1e-4)
-
-
-def test_size_of_the_papers_presets() -> None:
-    """Without text and labels a block has 18 D^2 + 15 D parameters besides two RMS gains of a head's width."""
-    with torch.device("meta"):
-        for width, depth, heads in ((384, 12, 6), (1152, 28, 16)):
-            model = VideoDiT(channels=4, width=width, depth=depth, heads=heads)
-            block = sum(p.numel() for p in model.blocks[0].parameters())
-            assert block == 18 * width**2 + 15 * width + 2 * (width // heads)
-            assert len(model.blocks) == depth
 
 
 def test_activation_checkpointing_changes_no_gradient() -> None:

@@ -14,6 +14,7 @@ class Model(nn.Module):
         super().__init__()
         self.table = nn.Embedding(4, 3)
         self.pos_embed = nn.Parameter(torch.zeros(5, 3))
+        self.scale_shift_table = nn.Parameter(torch.zeros(6, 3))
         self.time_embedder = nn.Linear(3, 3)
         self.norm = nn.GroupNorm(1, 3)
         self.final_norm_scale = nn.Parameter(torch.zeros(3, 1, 1))

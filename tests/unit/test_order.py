@@ -1,6 +1,8 @@
+import re
 import tracemalloc
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sora_lite.data.buckets import Bucket, Row, assign, batch_for_tokens, frames_at, rows_from, spare_frames
+from sora_lite.data.buckets import Bucket, Budget, Row, assign, frames_at, nearest_batch, rows_from, spare_frames
 from sora_lite.data.order import CYCLE, MicroStep, Order, apportion, hash_seed, rank_positions
 from sora_lite.errors import UserError
 
@@ -252,9 +254,13 @@ def test_fingerprint_and_replacement() -> None:
     assert len(prints | {make([64], batch=16).fingerprint(), make([64], block=1).fingerprint()}) == 5
     assert make([64]).fingerprint() in prints
     order = make([64, 64])
-    stand_ins = [order.replacement(1, 5, position, attempt) for position in range(8) for attempt in range(4)]
+    stand_ins = [order.replacement(1, 70, 5, position, attempt) for position in range(8) for attempt in range(4)]
     assert all(64 <= one < 128 for one in stand_ins) and len(set(stand_ins)) > 16
-    assert stand_ins[3] == make([64, 64]).replacement(1, 5, 0, 3)
+    assert stand_ins[3] == make([64, 64]).replacement(1, 70, 5, 0, 3)
+    mixed = Order(order.buckets, seed=0, block_shards=2, set_shards=[9, 4])  # shard 9 begins within the second bucket
+    for sample, low, high in ((3, 0, 64), (70, 64, 90), (100, 90, 128)):  # from its own data set, where it has any
+        found = {mixed.replacement(int(sample >= 64), sample, 5, 0, attempt) for attempt in range(200)}
+        assert min(found) == low and max(found) == high - 1
 
 
 def test_seeds_are_fixed_for_ever() -> None:
@@ -272,7 +278,7 @@ def test_assignment_by_aspect_then_length_then_keep() -> None:
         Row(shape=(17, 32, 18), keep=1.0, batch=8),
         Row(shape=(5, 18, 32), keep=1.0, batch=8),
     ]
-    columns = {"frames": frames, "height": height, "width": width, "own_fps": own_fps, "fps": None}
+    columns = {"frames": frames, "height": height, "width": width, "own_fps": own_fps}
     columns["shard"] = np.array([0, 0, 1, 1, 2])
     keys = np.array(list("abcde"), dtype="S")
     buckets = assign(rows, keys=keys, **columns)
@@ -290,7 +296,6 @@ def test_assignment_by_aspect_then_length_then_keep() -> None:
     first, second = assign(
         [Row(shape=(17, 32, 32), keep=0.25, batch=8), Row(shape=(1, 32, 32), keep=0.5, batch=8)],
         keys=many,
-        fps=None,
         **size,
     )
     assert len(first.samples) == pytest.approx(1000, abs=100) and len(second.samples) == pytest.approx(1500, abs=120)
@@ -298,12 +303,54 @@ def test_assignment_by_aspect_then_length_then_keep() -> None:
 
 
 def test_batch_from_tokens() -> None:
-    assert batch_for_tokens(100, 3200, 8) == 32
-    assert batch_for_tokens(100, 2000, 8) == 16 or batch_for_tokens(100, 2000, 8) == 24
-    assert batch_for_tokens(10**6, 100, 8) == 8
-    rows = rows_from([((16, 16), 5, 1.0, None), ((16, 16), 1, 1.0, 24)], lambda t, h, w: t * h * w, 12_800, 8)
+    assert nearest_batch(100, 3200, 8) == 32
+    assert [nearest_batch(100, budget, 8) for budget in (1900, 2100)] == [16, 24]
+    assert [nearest_batch(100, budget, 8) for budget in (410, 399)] == [8, 0]
+    rows = rows_from([rule(5), rule(1, batch=24)], budget_of(12_800))
     assert [row.batch for row in rows] == [8, 24]
     assert frames_at(np.array([17, 30]), np.array([8.0, 29.97]), 4.0).tolist() == [9, 5]
+
+
+def rule(frames: int, batch: int = 0, **more: Any) -> Row:
+    return Row(shape=(frames, 16, 16), keep=1.0, batch=batch, **more)
+
+
+def budget_of(tokens: int, cost: Callable[[int, int, int], float] | None = None) -> Budget:
+    def count(t: int, h: int, w: int) -> int:
+        return t * h * w
+
+    return Budget(cost=cost or count, tokens=count, batch_tokens=tokens, divisor=8)
+
+
+def test_batch_from_costs() -> None:
+    """A clip of twice the frames costs thrice as much: 48 of 5 frames make the budget."""
+    rules = [rule(5), rule(10), rule(20), rule(1)]
+    rows = rows_from(rules, budget_of(5 * 256 * 48, lambda t, h, w: t ** np.log2(3)))
+    assert [row.batch for row in rows] == [48, 16, 8, 616]
+    assert 48 * 5 ** np.log2(3) / 616 == pytest.approx(1, abs=0.01)
+
+
+def test_a_row_that_the_budget_leaves_empty_is_named() -> None:
+    with pytest.raises(UserError, match=r"data\.buckets\[1\]: .*29 frames of 16x16.*its batch would be 0") as caught:
+        rows_from([rule(5), rule(29)], budget_of(29 * 256 * 8 // 2 - 256))
+    enough = int(re.search(r"data\.batch_tokens=(\d+)", str(caught.value))[1])
+    assert [row.batch for row in rows_from([rule(5), rule(29)], budget_of(enough))] == [48, 8]
+    assert rows_from([rule(5), rule(29, batch=8)], budget_of(20_000))[1].batch == 8
+
+
+def test_rows_have_rates_of_their_own_and_do_not_enlarge() -> None:
+    columns: dict[str, Any] = {"frames": np.array([48, 48, 24]), "own_fps": np.full(3, 24.0)}
+    columns |= {"shard": np.zeros(3, dtype=np.int32), "keys": np.array([b"a", b"b", b"c"])}
+    sizes = {"height": np.array([64, 32, 64]), "width": np.array([64, 32, 64])}
+    big, fast, slow = (
+        Row(shape=(frames, side, side), keep=1.0, batch=8, fps=fps)
+        for frames, side, fps in ((16, 64, 8.0), (33, 32, None), (8, 32, 8.0))
+    )
+    found = assign([big, fast, slow], **columns, **sizes)
+    assert [bucket.samples.tolist() for bucket in found] == [[0], [1], [2]]
+    assert [bucket.fps for bucket in found] == [8.0, None, 8.0]
+    with pytest.raises(UserError, match=r"data\.buckets\[0\]: .*the longest has 32 frames at 16\.0 fps"):
+        assign([replace(big, shape=(33, 64, 64), fps=16.0)], **columns, **sizes)
 
 
 @given(

@@ -46,9 +46,7 @@ class Run:
     def order(self) -> Order:
         index = self.index
         columns = {"keys": index.keys, "frames": index.frames, "height": index.height, "width": index.width}
-        buckets = assign(
-            [Row(shape=(17, 8, 8), keep=1.0, batch=8)], **columns, own_fps=index.fps, fps=None, shard=index.shard
-        )
+        buckets = assign([Row(shape=(17, 8, 8), keep=1.0, batch=8)], **columns, own_fps=index.fps, shard=index.shard)
         weights = [row.weight for row in self.config.data.sets if row.weight is not None] or None
         return Order(
             buckets, seed=self.config.run.seed, block_shards=2, set_shards=index.set_shards, weights=weights

@@ -1,0 +1,184 @@
+"""Clips per CPU second through the whole loader, worker processes included: against the bare decoder at the same number
+of processes, and against stock webdataset with decord in torch's DataLoader. And what memory does over many samples.
+
+All read the same shards and give the same frames. The bare decoder has the clips' bytes at hand and keeps nothing; the
+stock pipeline neither checks a checksum nor knows which sample comes in which step.
+"""
+
+import io
+import multiprocessing
+import resource
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import av
+import decord
+import numpy as np
+import psutil
+import torch
+import webdataset
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from benchmarks.packing import footage
+from sora_lite.data.buckets import Row
+from sora_lite.data.index import Index
+from sora_lite.data.loader import ClipLoader
+from sora_lite.data.shards import Manifest, Sample, ShardReader, ShardWriter
+from sora_lite.data.video import encode_mp4
+
+FPS, SIZE, FRAMES, STRIDE = 24, (256, 456), 17, 4
+BATCH, SHARDS, WORKERS, ROUNDS = 8, 4, 2, 3
+CLIPS = {1: 192, STRIDE: 64}
+"""By stride."""
+LONG_RUN, TINY = 20_000, (5, 64, 64)
+
+
+def write_set(folder: Path, media: list[bytes], shape: tuple[int, int, int], clips: int) -> Index:
+    """A data set of so many clips, which repeat `media`."""
+    folder.mkdir()
+    manifest = Manifest(config_hash="")
+    for shard in range(SHARDS):
+        with ShardWriter(folder / f"train-{shard:06d}.tar", split="train") as writer:
+            for clip in range(shard, clips, SHARDS):
+                frames, height, width = shape
+                meta = {"frames": frames, "height": height, "width": width, "fps": float(FPS)}
+                meta |= {"source": {"sha256": f"{clip:064x}"}, "captions": ["a texture that drifts"]}
+                writer.add(Sample(key=f"clip{clip:06d}", ext="mp4", media=media[clip % len(media)], meta=meta))
+        manifest.shards.append(writer.entry)
+    manifest.save(folder)
+    return Index.load(folder, "train")
+
+
+def loader(index: Index, shape: tuple[int, int, int], fps: float | None, decoder: str, workers: int) -> ClipLoader:
+    """Ours, as training makes it."""
+    return ClipLoader(
+        index, [Row(shape=shape, keep=1.0, batch=BATCH, fps=fps)],
+        seed=0, block_shards=2, flip=False, rank=0, world_size=1, accumulation=1, workers=workers,
+        cache_bytes=0, pin=False, decoder=decoder,
+    )  # fmt: skip
+
+
+def run_ours(index: Index, stride: int, decoder: str) -> None:
+    """One pass."""
+    for _ in loader(index, (FRAMES, *SIZE), FPS / stride, decoder, WORKERS).steps(0, CLIPS[stride] // BATCH):
+        pass
+
+
+def by_pyav(data: bytes, stride: int) -> np.ndarray:
+    """As PyAV's own examples do it -> uint8 T H W 3."""
+    with av.open(io.BytesIO(data)) as file:
+        frames = islice(file.decode(video=0), 0, (FRAMES - 1) * stride + 1, stride)
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in frames])
+
+
+def by_decord(data: bytes, stride: int) -> np.ndarray:
+    """As decord's own examples do it, with one thread -> uint8 T H W 3."""
+    reader = decord.VideoReader(io.BytesIO(data), num_threads=1)
+    return reader.get_batch(range(0, (FRAMES - 1) * stride + 1, stride)).asnumpy()
+
+
+BARE = {"pyav": by_pyav, "decord": by_decord}
+
+
+def run_bare(media: list[bytes], stride: int, decoder: str) -> None:
+    """The decoder alone, in as many processes."""
+
+    def decode(part: list[bytes]) -> None:
+        for data in part:
+            BARE[decoder](data, stride)
+
+    fork = multiprocessing.get_context("fork")
+    workers = [fork.Process(target=decode, args=(media[one::WORKERS],)) for one in range(WORKERS)]  # type: ignore[attr-defined]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+
+def run_stock(paths: list[str], stride: int) -> None:
+    """One pass of what people write with webdataset."""
+
+    def prepare(row: dict[str, Any]) -> tuple[torch.Tensor, bytes]:
+        return torch.from_numpy(by_decord(row["mp4"], stride)).permute(3, 0, 1, 2), row["json"]
+
+    dataset = webdataset.WebDataset(paths, shardshuffle=SHARDS).shuffle(32).map(prepare)
+    for _ in DataLoader(dataset.batched(BATCH), batch_size=None, num_workers=WORKERS):
+        pass
+
+
+def cpu_seconds() -> float:
+    """Of this process and of all its children that have ended."""
+    both = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in both)
+
+
+def take_turns(candidates: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """CPU seconds of one call with all its processes, median over rounds after a warm-up."""
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for turn in range(ROUNDS + 1):
+        for name, call in candidates.items():
+            start = cpu_seconds()
+            call()
+            if turn > 0:
+                seconds[name].append(cpu_seconds() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def compare(folder: Path, stride: int, frames: Iterator[np.ndarray]) -> None:
+    """The table for 17 frames out of clips that are just so long."""
+    length = (FRAMES - 1) * stride + 1
+    media = [encode_mp4([next(frames) for _ in range(length)], FPS, 20) for _ in range(4)]
+    index = write_set(folder / f"stride{stride}", media, (length, *SIZE), CLIPS[stride])
+    paths = [str(path) for path in index.shard_paths]
+    with ShardReader(index.shard_paths[0]) as shard:
+        assert shard.read(int(index.media_offset[0]), int(index.media_size[0]), int(index.crc32c[0])) == media[0]
+    together = [media[clip % len(media)] for clip in range(CLIPS[stride])]
+    seconds = take_turns(
+        {
+            "PyAV alone": lambda: run_bare(together, stride, "pyav"),
+            "sora_lite, decoder=pyav": lambda: run_ours(index, stride, "pyav"),
+            "decord alone": lambda: run_bare(together, stride, "decord"),
+            "sora_lite, decoder=decord": lambda: run_ours(index, stride, "decord"),
+            "webdataset, decord, DataLoader": lambda: run_stock(paths, stride),
+        }
+    )
+    alone = [seconds["PyAV alone"], seconds["decord alone"]]
+    stock = seconds["webdataset, decord, DataLoader"]
+    print(f"loading {FRAMES} frames of {SIZE[0]} x {SIZE[1]} at stride {stride}, {WORKERS} processes")
+    print(f"  {'':<34}{'clips/s':>9}{'of bare':>10}{'of stock':>10}")
+    for name, value in seconds.items():
+        bare = alone["decord" in name] / value
+        print(f"  {name:<34}{CLIPS[stride] / value:>9.1f}{bare:>9.2f}x{stock / value:>9.2f}x")
+
+
+def watch_memory(folder: Path, samples: int) -> None:
+    """Resident memory of this process and its workers while many small clips go by."""
+    rng = np.random.default_rng(0)
+    media = [encode_mp4(list(rng.integers(0, 256, (TINY[0], *TINY[1:], 3), np.uint8)), FPS, 30) for _ in range(8)]
+    index = write_set(folder / "tiny", media, TINY, 4000)
+    steps, seen, resident = samples // BATCH, [], []
+    process = psutil.Process()
+    for step, _ in enumerate(loader(index, TINY, None, "pyav", WORKERS).steps(0, steps)):
+        if step % (steps // 40) == 0:
+            family = [process, *process.children()]
+            seen.append(step * BATCH)
+            resident.append(sum(one.memory_full_info().uss for one in family) / 2**10)
+    settled = len(seen) // 4  # the first samples fill buffers
+    slope = np.polyfit(seen[settled:], resident[settled:], 1)[0] * 1000
+    print(f"memory over {samples:,} samples, {WORKERS} processes")
+    print(f"  {'at the start, at the end':<34}{resident[settled] / 1024:>9.1f}{resident[-1] / 1024:>9.1f} MiB")
+    print(f"  {'slope':<34}{slope:>9.1f} KiB per 1,000 samples")
+
+
+def main(samples: int = LONG_RUN) -> None:
+    """Print the tables."""
+    small = (np.asarray(Image.fromarray(frame).resize(SIZE[::-1], Image.Resampling.BICUBIC)) for frame in footage(400))
+    with tempfile.TemporaryDirectory() as folder:
+        for stride in (1, STRIDE):
+            compare(Path(folder), stride, small)
+        watch_memory(Path(folder), samples)

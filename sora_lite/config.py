@@ -51,6 +51,15 @@ class Sampler(Enum):
     heun = "heun"
 
 
+class SpikeAction(Enum):
+    """What happens at a spike of loss or gradient norm: nothing, its update is left out, or the run goes back to its
+    newest checkpoint and on behind the data of the spike."""
+
+    ignore = "ignore"
+    skip = "skip"
+    rollback = "rollback"
+
+
 class WandbMode(Enum):
     """Where the Weights & Biases view of a run goes. `auto` is online if a key is configured, else offline."""
 
@@ -127,6 +136,19 @@ class Layout(StrEnum):
     diffusers = "diffusers"
 
 
+class FrameMode(Enum):
+    """Which frames of a clip are given, and the others made: none (text only), the first (image to video), the last,
+    both, those before (extension forward), those after (extension backward), or any."""
+
+    none = "none"
+    first = "first"
+    last = "last"
+    first_last = "first_last"
+    before = "before"
+    after = "after"
+    random = "random"
+
+
 class BatchBy(Enum):
     """What the micro-steps of all buckets have alike, as near as whole batches come: tokens, or FLOPs of the configured
     models (forward and backward, and the frozen VAE's encoder), so that steps take about the same time."""
@@ -171,6 +193,29 @@ class RunConfig:
     """How many held-out samples validation looks at."""
     sample_every: int = 0
     """Sample clips (or reconstructions) as a contact sheet every so many steps; 0 turns it off."""
+    check_every: int = 500
+    """Compare what all ranks hold a copy of (frozen weights; under ZeRO 0 the trained ones) every so many steps, and
+    before each checkpoint; a rank that is off is named and the run stops."""
+    watchdog_seconds: float = 600.0
+    """Longest time without progress, after which the stacks of all ranks are written and the run ends."""
+    deterministic: bool = False
+    """Bit for bit the same on GPUs too, at a cost in speed; on CPUs it is so anyway."""
+
+
+@dataclass(kw_only=True, slots=True)
+class GuardConfig:
+    """Which updates are not made. Those from a loss or gradients that are not finite never are."""
+
+    spikes: SpikeAction = SpikeAction.skip
+    """What happens at a spike: a loss or gradient norm above mean + sigma * standard deviation of the window."""
+    sigma: float = 10.0
+    """How far above the mean a spike begins, in standard deviations."""
+    window: int = 128
+    """Updates that a value is compared with; until so many were made nothing is a spike."""
+    max_skips: int = 16
+    """Stop the run when more updates than this were left out within a window."""
+    max_rollbacks: int = 3
+    """Stop the run at a spike after so many rollbacks."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -463,6 +508,7 @@ class BaseTrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
@@ -477,6 +523,16 @@ class TrainVAEConfig(BaseTrainConfig):
 
 
 @dataclass(kw_only=True, slots=True)
+class FrameRule:
+    """One row of the ratios by which training gives frames."""
+
+    mode: FrameMode = MISSING
+    """Which frames are given."""
+    weight: float = 1.0
+    """How often, against the other rows."""
+
+
+@dataclass(kw_only=True, slots=True)
 class TrainConfig(BaseTrainConfig):
     """`sora-lite train`: train the video DiT."""
 
@@ -484,6 +540,44 @@ class TrainConfig(BaseTrainConfig):
     """The trained VAE: an export (`sora-lite export`), or a run folder that holds one."""
     model: DiTConfig = field(default_factory=DiTConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    frames: list[FrameRule] = field(default_factory=list)
+    """How often which frames of a clip are given; needs `model.frame_conditions`, and clips as video."""
+
+
+class PreviewFormat(Enum):
+    """What `data-preview` gives: contact sheets and a page, or a line of JSON for each step and rank."""
+
+    page = "page"
+    jsonl = "jsonl"
+
+
+@dataclass(kw_only=True, slots=True)
+class PreviewConfig:
+    """What `data-preview` shows of the data."""
+
+    format: PreviewFormat = PreviewFormat.page
+    """`page`: contact sheets of each bucket and index.html. `jsonl`: what each rank sees in each step, on stdout."""
+    out: str = "preview"
+    """Folder for sheets and page."""
+    clips: int = 12
+    """For page: clips of each bucket."""
+    start: int = 0
+    """The first step that is looked at."""
+    steps: int = 4
+    """For jsonl: steps."""
+    world_size: int = 1
+    """For jsonl: ranks that share a step."""
+    accumulation: int = 1
+    """For jsonl: passes in which each rank takes its part of a step."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DataPreviewConfig(TrainConfig):
+    """`sora-lite data-preview`: what `sora-lite train` with the same settings would see."""
+
+    vae_from: str = ""
+    """The trained VAE, whose factors count the tokens of a clip; empty takes the usual 4 x 8 x 8 compression."""
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -505,6 +599,18 @@ class SamplingConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class ConditionConfig:
+    """Pictures or clips that generations have to keep, at a clip's own rate and in the generation's size."""
+
+    first: str | None = None
+    """Picture (PNG, JPEG) or clip that generations begin with; of a clip its last `frames` frames."""
+    last: str | None = None
+    """Picture or clip that generations end with; of a clip its first `frames` frames."""
+    frames: int = 5
+    """How many frames of a clip are kept: 4k+1 for a VAE that compresses time by 4."""
+
+
+@dataclass(kw_only=True, slots=True)
 class GenerateConfig:
     """`sora-lite generate`: make clips from an exported model."""
 
@@ -516,6 +622,8 @@ class GenerateConfig:
     """Texts; for a model without text leave it empty and give labels."""
     labels: list[int] = field(default_factory=list)
     """Class labels, one per prompt, or alone; empty for none."""
+    condition: ConditionConfig = field(default_factory=ConditionConfig)
+    """Frames that generations have to keep; then prompts and labels may be left out."""
     count: int = 1
     """Generations per prompt."""
     frames: int | None = None
@@ -563,6 +671,8 @@ class EvaluateConfig:
     """Generations, spread alike over all combinations of the attributes."""
     clips: int = 400
     """Held-out clips for the VAE's reconstruction figures."""
+    frames: list[FrameMode] = field(default_factory=list)
+    """Measure these ways of giving frames (of held-out clips) instead of generations from prompts alone."""
     judge_steps: int = 600
     """Training steps of each classifier."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -610,6 +720,7 @@ class DemoConfig:
 ROOTS: dict[str, type] = {
     "train": TrainConfig,
     "train_vae": TrainVAEConfig,
+    "data_preview": DataPreviewConfig,
     "generate": GenerateConfig,
     "export": ExportConfig,
     "evaluate": EvaluateConfig,
@@ -662,6 +773,12 @@ def check(config: object) -> None:
         _require(diffusion.shift > 0, "diffusion.shift", f"must be above 0, not {diffusion.shift}")
         dropout = diffusion.condition_dropout
         _require(0 <= dropout < 1, "diffusion.condition_dropout", f"must lie in [0, 1), not {dropout}")
+    if isinstance(config, DataPreviewConfig):
+        for key, least in (("start", 0), ("clips", 1), ("steps", 1), ("world_size", 1), ("accumulation", 1)):
+            _require(getattr(config.preview, key) >= least, f"preview.{key}", f"must be at least {least}")
+        _check_frames(config)
+    if isinstance(config, EvaluateConfig):
+        _require(FrameMode.random not in config.frames, "frames", "random is for training; take before or first_last")
     if isinstance(config, TrainVAEConfig):
         _require(not any(config.data.latent_folders), "data.latents", "a VAE is trained on video; leave them out")
         _check_vae(config.vae, config.data.buckets)
@@ -677,6 +794,12 @@ def _check_run(config: BaseTrainConfig) -> None:
     _require(bool(run.name) and "/" not in run.name, "run.name", f"{run.name!r} is no folder name; leave out slashes")
     for key in ("steps", "log_every", "save_every", "keep_last"):
         _require(getattr(run, key) >= 1, f"run.{key}", "must be at least 1")
+    _require(run.check_every >= 1, "run.check_every", f"must be at least 1, not {run.check_every}")
+    _require(run.watchdog_seconds > 0, "run.watchdog_seconds", f"must be above 0, not {run.watchdog_seconds}")
+    _require(config.guard.window >= 2, "guard.window", f"must be at least 2, not {config.guard.window}")
+    _require(config.guard.sigma > 0, "guard.sigma", f"must be above 0, not {config.guard.sigma}")
+    for key in ("max_skips", "max_rollbacks"):
+        _require(getattr(config.guard, key) >= 0, f"guard.{key}", "must be at least 0")
     for key in ("validate_every", "validation_samples", "sample_every"):
         _require(getattr(run, key) >= 0, f"run.{key}", "must be at least 0")
     _require(parallel.accumulation >= 1, "parallel.accumulation", f"must be at least 1, not {parallel.accumulation}")
@@ -787,6 +910,21 @@ def _check_dit(model: DiTConfig) -> None:
     _require(
         model.time_frequencies in (127, 128), "model.time_frequencies", f"is 127 or 128, not {model.time_frequencies}"
     )
+
+
+def _check_frames(config: TrainConfig) -> None:
+    given, reads = any(rule.mode is not FrameMode.none for rule in config.frames), config.model.frame_conditions
+    _require(
+        reads or not given, "model.frame_conditions", "is false, but frames has rows that give frames; set it to true"
+    )
+    _require(
+        not given or not any(config.data.latent_folders),
+        "frames",
+        "given frames are encoded alone, out of video; leave out the latents, or the frames",
+    )
+    _require(given or not reads, "frames", "has no row that gives frames; add one, or model.frame_conditions=false")
+    for i, rule in enumerate(config.frames):
+        _require(0 < rule.weight < math.inf, f"frames[{i}].weight", f"must be above 0, not {rule.weight}")
 
 
 def _check_vae(vae: VAEConfig, buckets: list[BucketRule]) -> None:

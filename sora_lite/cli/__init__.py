@@ -2,16 +2,18 @@
 
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Callable
 
 from sora_lite import __version__
-from sora_lite.errors import UserError
+from sora_lite.errors import Interrupted, UserError
 
 VERBS: dict[str, tuple[str, str]] = {
     "demo": ("demo", "the whole way on moving handwritten digits: data, VAE, DiT, clips, figures"),
     "train-vae": ("train", "train the causal spatiotemporal VAE on shards"),
     "train": ("train", "train the video DiT on shards"),
+    "data-preview": ("data_preview", "what training would see: contact sheets and a page, or lines of JSON"),
     "export": ("export", "write a run's newest checkpoint as safetensors for inference"),
     "generate": ("generate", "make clips from an exported model"),
     "evaluate": ("evaluate", "measure a model of a labelled data set with classifiers trained on real clips"),
@@ -24,12 +26,18 @@ has no configuration of its own, has `main(verb, argv)`."""
 
 
 def run_verb(action: Callable[[], object]) -> int:
-    """Call `action`; a `UserError` becomes one line on stderr and exit status 2, Ctrl-C becomes 130."""
+    """Call `action`; a `UserError` becomes one line on stderr and exit status 2, Ctrl-C becomes 130.
+
+    A stop that was asked for by a signal, after which the same command goes on, becomes 75.
+    """
     try:
         action()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Interrupted as stop:
+        print(f"{stop}; the same command goes on from there", file=sys.stderr)
+        return os.EX_TEMPFAIL
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from what is done", file=sys.stderr)
         return 130

@@ -1,13 +1,17 @@
 """`sora-lite train` and `sora-lite train-vae`."""
 
+import os
+import sys
+import traceback
 from pathlib import Path
 
 import torch
 
+from sora_lite.cli import run_verb
 from sora_lite.config import BaseTrainConfig, TrainConfig, TrainVAEConfig
 from sora_lite.data.index import Index
 from sora_lite.data.loader import ClipLoader
-from sora_lite.errors import UserError
+from sora_lite.errors import Interrupted, UserError
 from sora_lite.generation.export import load_vae
 from sora_lite.generation.export import write as write_export
 from sora_lite.parallel.env import Rank, init_rank, shutdown
@@ -20,12 +24,35 @@ from sora_lite.training.trainer import Trainer
 
 def main(config: TrainConfig | TrainVAEConfig) -> None:
     """Train a DiT or a VAE, as one process of however many were launched."""
+    if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used
+        torch.use_deterministic_algorithms(True)
     rank = init_rank(threads=config.parallel.threads)
     try:
         train(config, rank)
+    except Exception as error:
+        if rank.world_size == 1:
+            raise
+        # Said before this rank leaves: the others fail because of it, and their errors must come after its own.
+        raise SystemExit(_tell(error, rank)) from error
     finally:
         shutdown()
         release_groups()
+
+
+def _tell(error: Exception, rank: Rank) -> int:
+    """Print an error as a command line does -> exit status."""
+
+    def again() -> None:
+        raise error
+
+    if isinstance(error, Interrupted) and not rank.is_main:
+        return os.EX_TEMPFAIL  # rank 0 says it for all
+    if isinstance(error, UserError | Interrupted):
+        return run_verb(again)
+    print(f"rank {rank.rank} failed:", file=sys.stderr)
+    traceback.print_exception(error)
+    return 1
 
 
 def train(config: TrainConfig | TrainVAEConfig, rank: Rank) -> None:
@@ -36,7 +63,9 @@ def train(config: TrainConfig | TrainVAEConfig, rank: Rank) -> None:
         objective = VAEObjective(config.vae, config.loss, seed=config.run.seed, rank=rank)
     else:
         vae, vae_contract = load_vae(Path(config.vae_from))
-        objective = DiTObjective(config.model, config.diffusion, vae, seed=config.run.seed, rank=rank)
+        objective = DiTObjective(
+            config.model, config.diffusion, vae, frames=config.frames, seed=config.run.seed, rank=rank
+        )
     check_buckets(config, objective)
     trainer = Trainer(config, objective, rank)
     if rank.is_main:

@@ -17,7 +17,8 @@ class Conditions:
 
     labels: B int64 in [0, num_classes], where num_classes itself is "no label".
     text: of the encoder over bytes int64 B M from `models.text.tokenize`; of a frozen encoder its features, B M C_text.
-    text_mask: B M bool, True where a token is real; goes with features only, since padding shows in bytes.
+    text_mask: B M bool, True where a token is real; of features only, since padding shows in bytes. Without it all
+        features are attended to as they are.
     pooled: B P, pooled features of a text encoder such as CLIP.
     frames: B C T H W normalised latents of given frames, zero where none is given.
     frame_mask: B 1 T 1 1 float, 1 where a frame is given.
@@ -37,11 +38,11 @@ class Conditions:
         sizes = {len(tensor) for tensor in self._given().values()}
         if len(sizes) > 1:
             raise ValueError(f"conditions of one batch have different sizes: {sorted(sizes)}")
-        features = self.text is not None and self.text.ndim == 3
-        if features != (self.text_mask is not None):
-            raise ValueError("text features need a text_mask; text as bytes has none")
-        if self.text_mask is not None and self.text is not None and self.text_mask.shape != self.text.shape[:2]:
-            raise ValueError(f"text_mask {tuple(self.text_mask.shape)} is not that of text {tuple(self.text.shape)}")
+        if self.text_mask is not None and (
+            self.text is None or self.text.ndim != 3 or self.text_mask.shape != self.text.shape[:2]
+        ):
+            shape = None if self.text is None else tuple(self.text.shape)
+            raise ValueError(f"text_mask {tuple(self.text_mask.shape)} is not that of text features {shape}")
         if (self.frames is None) != (self.frame_mask is None):
             raise ValueError("frames and frame_mask go together")
 

@@ -213,7 +213,7 @@ class VideoDiT(nn.Module):
             pooled = self.pool_text(text.masked_fill(~mask.unsqueeze(-1), -torch.inf).amax(1))  # B D
             text = text if self.embed_text is None else self.embed_text(text)
         elif self.text is not None:
-            text, mask = self.text(_needed(conditions.text, "text"), _needed(conditions.text_mask, "text_mask"))
+            text, mask = self.text(_needed(conditions.text, "text"), conditions.text_mask)
         if self.pooled_features and self.pool_text is not None:
             pooled = self.pool_text(_needed(conditions.pooled, "pooled"))
         return text, None if mask is None else mask[:, None, None, :], pooled

@@ -64,8 +64,8 @@ class TextProjection(nn.Module):
     Args:
         features: width C of the encoder's features.
         width: width D of the DiT.
-        tokens: 0, so that padding is masked; or, as Wan was trained, the number of tokens that every text is padded to
-            with zeros, which are attended to.
+        tokens: 0, so that padding is masked; or, as Wan was trained, the number of tokens to which a text with a mask
+            is padded with zeros, which are attended to.
     """
 
     def __init__(self, features: int, width: int, tokens: int = 0) -> None:
@@ -73,8 +73,8 @@ class TextProjection(nn.Module):
         self.features, self.tokens = features, tokens
         self.mlp = MLP(features, width, width, gelu="tanh")
 
-    def forward(self, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-        """text: B M C; mask: B M, True where a token is real. Returns (B M' D, mask B M' or None for all).
+    def forward(self, text: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """text: B M C; mask: B M, True where a token is real, None for all. Returns (B M' D, mask B M' or None).
 
         Where no token is real, one of zeros stands for "no text"; what that is to the DiT is learned by the biases.
 
@@ -83,6 +83,8 @@ class TextProjection(nn.Module):
         """
         if text.shape[-1] != self.features:
             raise ValueError(f"text features are {text.shape[-1]} wide; the model reads {self.features}")
+        if mask is None:
+            return self.mlp(text), None
         text = text.masked_fill(~mask.unsqueeze(-1), 0)  # B M C
         if not self.tokens:
             nothing = F.pad(~mask.any(1, keepdim=True), (0, mask.shape[1] - 1))  # B M, only ever the first

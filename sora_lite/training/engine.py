@@ -24,14 +24,14 @@ DeepSpeed's private fields are read in this file only, and were checked against 
 """
 
 import contextlib
+import functools
 import io
 import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 BUCKET_ELEMENTS = 100_000_000
 
 
-@cache
+@functools.cache
 def _deepspeed(device_type: str) -> ModuleType:
     """DeepSpeed, imported at first use (seconds) and kept from compiling anything."""
     if device_type == "cpu":
@@ -135,6 +135,7 @@ class Engine:
         if not self.shapes:
             raise ValueError(f"{type(module).__name__} has no trainable parameter")
         self._passes = 0
+        self._limit = math.inf
 
         module.to(rank.device)
         exact = {n: p.detach().clone() for n, p in module.named_parameters() if n in self.shapes} if bf16 else {}
@@ -153,6 +154,7 @@ class Engine:
             self._ds: Any = ds.initialize(model=module, optimizer=adamw, config=settings)[0]
         self._optimizer: Any = self._ds.optimizer
         self._adamw: torch.optim.Optimizer = self._ds.basic_optimizer
+        self._adamw.step = self._within_limit(self._adamw.step)
         self._create_moments()
         if bf16:
             # DeepSpeed made the masters from weights that were already rounded to bf16.
@@ -174,25 +176,30 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss`: a scalar, the mean over this rank's micro-batch.
 
-        Over ranks and passes the gradients are averaged, so that equal micro-batches give the gradient of the mean
-        over the global batch.
+        A loss that is not finite makes the gradients so, whatever it was made of: `step` will leave the update out on
+        all ranks. Over ranks and passes the gradients are averaged, so that equal micro-batches give the gradient of
+        the mean over the global batch.
 
         Raises:
             RuntimeError: called more often than `accumulation` times before a `step`.
         """
         if self._passes == self.accumulation:
             raise RuntimeError(f"backward was called more than accumulation={self.accumulation} times before step")
-        self._ds.backward(loss)
+        self._ds.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
         self._passes += 1
         if self._passes < self.accumulation:
             self._ds.step()  # does nothing but count the pass
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, limit: float = math.inf) -> float:
         """Clip the gradients, update the weights by AdamW at learning rate `lr`, and clear the gradients.
 
+        Args:
+            lr: Learning rate of this update.
+            limit: Norm above which the update is left out; the same on every rank.
+
         Returns:
-            The global norm of the gradients before clipping. Not finite means that the update was skipped, on all
-            ranks alike: weights and moments are as before.
+            The global norm of the gradients before clipping. Above `limit` or not finite means that the update was
+            left out, on all ranks alike: weights and moments are as before.
 
         Raises:
             RuntimeError: not exactly `accumulation` backward passes before it.
@@ -201,6 +208,7 @@ class Engine:
             raise RuntimeError(f"step needs {self.accumulation} backward passes before it, not {self._passes}")
         for group in self._adamw.param_groups:
             group["lr"] = lr
+        self._limit = limit
         if self.stage == 0:
             norm = self._clip_replicated()
             self._ds.step()
@@ -214,10 +222,21 @@ class Engine:
         """Clip at stage 0, where DeepSpeed tells no norm and would let a NaN through into the weights."""
         parameters = [p for p in self.module.parameters() if p.requires_grad]
         norm = float(nn.utils.clip_grad_norm_(parameters, self.clip if self.clip > 0 else math.inf))
-        if not math.isfinite(norm):
+        if not (math.isfinite(norm) and norm <= self._limit):
             for parameter in parameters:
                 parameter.grad = None  # AdamW passes over parameters without a gradient
         return norm
+
+    def _within_limit(self, update: Callable[..., Any]) -> Callable[..., Any]:
+        """AdamW's `step`, left out above the limit. At stages 1 to 3 DeepSpeed calls it, once it knows the norm."""
+
+        @functools.wraps(update)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            if self.stage == 0 or self._optimizer._global_grad_norm <= self._limit:
+                return update(*args, **kwargs)
+            return None
+
+        return step
 
     # ------------------------------------------------------------------------------------------------ its state
 
@@ -331,6 +350,10 @@ class Engine:
         if self.stage != 3 or not frozen:
             return contextlib.nullcontext()
         return _deepspeed(self.rank.device.type).zero.GatheredParameters(frozen, modifier_rank=0 if write else None)
+
+    def replicated(self) -> dict[str, Tensor]:
+        """Tensors of the module that must be the same on every rank between steps: at stage 0 the trained weights."""
+        return {name: p for name, p in self.module.named_parameters() if self.stage == 0 and name in self.shapes}
 
     def full_state(self, ema: "EMA | None" = None) -> dict[str, Tensor]:
         """The full state dict in fp32 on the CPU: the masters, or the average `ema`; buffers as they are. A collective.

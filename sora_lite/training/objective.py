@@ -74,6 +74,10 @@ class Objective(Protocol):
         """Called once before the last checkpoint, with the averaged weights in place and a few training clips."""
         ...
 
+    def frozen(self) -> dict[str, Tensor]:
+        """Tensors that every rank holds and that training never writes, by name."""
+        ...
+
     def state(self) -> dict[str, Any]:
         """What an export needs to know beside the weights, as JSON."""
         ...

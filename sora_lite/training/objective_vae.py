@@ -126,6 +126,9 @@ class VAEObjective:
         vae.latent_mean.copy_(mean)
         vae.latent_std.copy_((second / count - mean.square()).clamp_min(1e-12).sqrt())
 
+    def frozen(self) -> dict[str, torch.Tensor]:
+        return {}
+
     def state(self) -> dict[str, Any]:
         return {"vae": asdict(self.config)}
 

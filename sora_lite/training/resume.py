@@ -45,6 +45,10 @@ RULES: dict[str, tuple[Rule, str]] = {
     "run.validate_every": (_FREE, "only looks on"),
     "run.validation_samples": (_FREE, "only looks on"),
     "run.sample_every": (_FREE, "only looks on"),
+    "run.check_every": (_FREE, "only looks on"),
+    "run.watchdog_seconds": (_FREE, "only ends a run"),
+    "run.deterministic": (_FREE, "chooses kernels of the same function"),
+    "guard": (_FREE, "people change it when a run meets bad numbers"),
     "data.shards": (_CONTENT, "compared by the shards' checksums"),
     "data.sets.shards": (_CONTENT, "compared by the shards' checksums"),
     "data.latents": (_CONTENT, "compared by the shards' checksums"),
@@ -82,6 +86,7 @@ RULES: dict[str, tuple[Rule, str]] = {
     "vae_from": (_CONTENT, "compared by the VAE's fingerprint"),
     "model": (_KEPT, "the weights in the checkpoint are for it"),
     "diffusion": (_KEPT, "what is trained"),
+    "frames": (_KEPT, "what is trained"),
     "vae": (_KEPT, "the weights in the checkpoint are for it"),
     "loss": (_KEPT, "what is trained"),
 }

@@ -3,6 +3,9 @@
 run folder: RUN/
   config.yaml          the resolved configuration of the last attempt
   metrics.jsonl        the record
+  events.jsonl         updates that were left out, and rollbacks, with the samples of their steps
+  attempts/            where, with what code and what versions each attempt ran
+  watchdog/            signs of life of the ranks, and their stacks where they stopped
   checkpoints/         see `training.checkpoint`
   samples/             contact sheets
 """
@@ -19,23 +22,28 @@ import torch
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
-from sora_lite.config import BaseTrainConfig, BatchBy, DataConfig
+from sora_lite.config import BaseTrainConfig, BatchBy, DataConfig, SpikeAction
 from sora_lite.data.buckets import Budget, Row, rows_from
 from sora_lite.data.compiled import open_buckets, open_index
 from sora_lite.data.index import Index
 from sora_lite.data.joined import Joined, open_join
 from sora_lite.data.loader import BadSample, ClipBatch, ClipLoader
-from sora_lite.errors import UserError
+from sora_lite.errors import Interrupted, UserError
 from sora_lite.parallel.apply import apply_activation_checkpointing
 from sora_lite.parallel.env import Rank
 from sora_lite.training import checkpoint
+from sora_lite.training.attempt import EVENTS, append_event, code_version, write_attempt
 from sora_lite.training.ema import EMA
 from sora_lite.training.engine import Engine
+from sora_lite.training.guards import UpdateGuard
 from sora_lite.training.metrics import Means, peak_flops
 from sora_lite.training.objective import HeldOut, Loss, Objective
 from sora_lite.training.optim import learning_rate
+from sora_lite.training.replicas import ReplicaCheck
 from sora_lite.training.resume import Facts, go_on
+from sora_lite.training.signals import StopFlag
 from sora_lite.training.tracking import Tracker
+from sora_lite.training.watchdog import Watchdog
 
 STATISTICS_SAMPLES = 512
 """Training clips that `Objective.finish` sees."""
@@ -43,25 +51,47 @@ STATISTICS_SAMPLES = 512
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class StepResult:
-    """What one optimizer step showed on this rank. grad_norm is global; losses has one entry per pass."""
+    """What one optimizer step showed. losses has one entry per pass of this rank; all else is alike on all ranks.
+
+    loss: of the global batch. left_out: why the update was not made, "" where it was. stopping: whether any rank was
+    asked to stop.
+    """
 
     losses: list[Loss]
+    loss: float
     grad_norm: float
+    left_out: str
+    stopping: bool
 
 
 def train_step(
-    objective: Objective, engine: Engine, ema: EMA | None, batches: Sequence[ClipBatch], step: int, lr: float
+    objective: Objective,
+    engine: Engine,
+    ema: EMA | None,
+    guard: UpdateGuard,
+    batches: Sequence[ClipBatch],
+    step: int,
+    lr: float,
+    *,
+    stop: bool = False,
 ) -> StepResult:
-    """One optimizer step: forward and backward of every micro-batch, update, average."""
+    """One optimizer step: forward and backward of every micro-batch, update unless the guard objects, average.
+
+    stop: whether this rank was asked to stop; what any rank was asked travels with the losses.
+    """
     losses = []
     for batch in batches:
         result = objective.loss(engine, batch)
         engine.backward(result.loss)
         losses.append(result)
-    grad_norm = engine.step(lr)
-    if ema is not None:
+    mean = torch.stack([one.loss.detach().double() for one in losses]).mean()
+    told = torch.stack([mean, torch.tensor(float(stop), dtype=torch.float64, device=mean.device)])
+    loss, stopping = engine.rank.mean(told).tolist()
+    grad_norm = engine.step(lr, guard.limit(loss))
+    left_out = guard.judge(step, loss, grad_norm)
+    if ema is not None and not left_out:
         ema.update(step)
-    return StepResult(losses=losses, grad_norm=grad_norm)
+    return StepResult(losses=losses, loss=loss, grad_norm=grad_norm, left_out=left_out, stopping=stopping > 0)
 
 
 class Trainer:
@@ -81,6 +111,7 @@ class Trainer:
         self.folder = Path(config.run.root) / config.run.name
         self.checkpoints = self.folder / "checkpoints"
         index = load_split(config.data, "train", rank)
+        rank.main_first(lambda: open_buckets(index, make_rows(config.data, objective)))
         latents = load_latents(config.data, index, "train", objective, rank)
         self.loader = make_loader(config, index, objective, rank, latents)
         plain: Any = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
@@ -117,19 +148,28 @@ class Trainer:
         self.ema = EMA(self.engine, config.optim.ema_decay) if config.optim.ema_decay > 0 else None
         self.wandb_id: str | None = None
         self.tracker: Tracker | None = None
-        self.seen = self.bad = 0
+        self.guard = UpdateGuard(config.guard)
+        self.seen = self.bad = self.left_out = self.rollbacks = 0
+        self.jump = 0
+        """Steps of data that rollbacks have passed over: step n trains on step n + jump of the order."""
         self.flops = 0
         self.finished = False
         self.step = self._resume()
+        self.replicas = ReplicaCheck(rank, objective.frozen(), {"configuration": config, "code": code_version()})
         # Only now: a command that is refused leaves no folder, and the record of what was trained as it is.
         if rank.is_main:
             (self.folder / "samples").mkdir(parents=True, exist_ok=True)
             OmegaConf.save(OmegaConf.structured(config), self.folder / "config.yaml")
+            write_attempt(self.folder, step=self.step, world_size=rank.world_size)
 
     # ------------------------------------------------------------------------------------------------ the loop
 
     def run(self) -> None:
-        """Train to `run.steps`, from the newest checkpoint if there is one."""
+        """Train to `run.steps`, from the newest checkpoint if there is one.
+
+        Raises:
+            Interrupted: a signal asked to stop; what was trained is saved.
+        """
         run = self.config.run
         if self.step >= run.steps:
             if not self.finished:  # run.steps was lowered to where the run is, or below
@@ -139,47 +179,140 @@ class Trainer:
             return
         self.finished = False
         self._start_tracking()
-        means, clock = Means(self.rank), Clock()
-        batches = self.loader.steps(self.step, run.steps)
         # Closed by an error too: its message then has a line of its own, and W&B keeps what it was told.
         with contextlib.ExitStack() as ending:
             if self.tracker:
                 ending.callback(self.tracker.finish)
-            main = self.rank.is_main
-            progress = ending.enter_context(
-                tqdm(total=run.steps, initial=self.step, desc=run.name, unit="step", disable=not main, mininterval=1)
+            self.stop = ending.enter_context(StopFlag())
+            self.watchdog = ending.enter_context(
+                Watchdog(
+                    self.folder / "watchdog",
+                    rank=self.rank.rank,
+                    world_size=self.rank.world_size,
+                    seconds=run.watchdog_seconds,
+                )
+            )
+            self.progress = ending.enter_context(
+                tqdm(
+                    total=run.steps,
+                    initial=self.step,
+                    desc=run.name,
+                    unit="step",
+                    disable=not self.rank.is_main,
+                    mininterval=1,
+                )
             )
             while self.step < run.steps:
-                wait = time.perf_counter()
-                micro_batches = next(batches)
-                clock.waited += time.perf_counter() - wait
-                lr = learning_rate(self.step, self.config.optim, run.steps)
-                result = train_step(self.objective, self.engine, self.ema, micro_batches, self.step, lr)
-                self.step += 1
-                progress.update()
-                self._count(result, micro_batches, means, clock)
-                # A checkpoint ends a line of the record too: whoever goes on from it averages over the same steps.
-                if self._due(run.log_every) or self._due(run.save_every):
-                    self._log(means, clock, lr, result.grad_norm, progress)
-                if self._due(run.validate_every):
-                    self._validate()
-                    clock.restart()
-                if self._due(run.sample_every):
-                    self._sample()
-                    clock.restart()
-                if self.step == run.steps:
-                    self._finish()
-                if self._due(run.save_every):
-                    self._save()
-                    clock.restart()
+                self._train_until_rollback()
         self._say(f"{self.folder}: trained to step {self.step}")
+
+    def _train_until_rollback(self) -> None:
+        """Steps from the present one on, to the end or to a rollback; side jobs in their order after each."""
+        run = self.config.run
+        means, clock = Means(self.rank), Clock()
+        batches = self.loader.steps(self.step + self.jump, run.steps + self.jump)
+        while self.step < run.steps:
+            self.watchdog.beat(f"step {self.step}: waiting for data")
+            wait = time.perf_counter()
+            micro_batches = next(batches)
+            clock.waited += time.perf_counter() - wait
+            self.watchdog.beat(f"step {self.step}: forward, backward, update")
+            lr = learning_rate(self.step, self.config.optim, run.steps)
+            result = train_step(
+                self.objective,
+                self.engine,
+                self.ema,
+                self.guard,
+                micro_batches,
+                self.step,
+                lr,
+                stop=bool(self.stop.received),
+            )
+            self.step += 1
+            self.progress.update()
+            self._count(result, micro_batches, means, clock)
+            if result.left_out and self._rolls_back(result, micro_batches):
+                return
+            # A checkpoint ends a line of the record too: whoever goes on from it averages over the same steps.
+            saves = self._due(run.save_every) or result.stopping
+            if self._due(run.log_every) or saves:
+                self._log(means, clock, lr, result.grad_norm)
+            if self._due(run.validate_every):
+                self.watchdog.beat(f"step {self.step}: validating")
+                self._validate()
+                clock.restart()
+            if self._due(run.sample_every):
+                self.watchdog.beat(f"step {self.step}: drawing samples")
+                self._sample()
+                clock.restart()
+            if self._due(run.check_every) or saves:
+                self.replicas.check(self.engine.replicated())
+            if self.step == run.steps:
+                self._finish()
+            if saves:
+                self.watchdog.beat(f"step {self.step}: saving")
+                self._save()
+                clock.restart()
+            if result.stopping and self.step < run.steps:
+                raise Interrupted(f"{self.folder}: asked to stop by {self._stop_reason()}; saved at step {self.step}")
 
     def _due(self, every: int) -> bool:
         return every > 0 and (self.step % every == 0 or self.step == self.config.run.steps)
 
+    def _stop_reason(self) -> str:
+        return ", ".join(sorted({one for one in self.rank.gather(self.stop.received) if one}))
+
+    def _rolls_back(self, result: StepResult, batches: Sequence[ClipBatch]) -> bool:
+        """Say that the update of the step before this one was left out, with its samples; go back where configured.
+
+        Raises:
+            UserError: on all ranks, if too many updates were left out or rolled back.
+        """
+        self.left_out += 1
+        mine = {"losses": [float(one.loss) for one in result.losses], "keys": [batch.keys for batch in batches]}
+        samples = self.rank.gather(mine)
+        step, guard = self.step - 1, self.config.guard
+        event = {"step": step, "data_step": step + self.jump, "left_out": result.left_out, "ranks": samples}
+        bad = [n for n, one in enumerate(samples) if not all(map(math.isfinite, one["losses"]))]
+        whose = f" on rank {', '.join(map(str, bad))}" if bad else ""
+        self._say(f"step {step}: update left out, {result.left_out}{whose}; samples in {self.folder / EVENTS}")
+        if self.rank.is_main:
+            append_event(self.folder, event)
+        if self.guard.exhausted:
+            raise UserError(
+                f"guard.max_skips: more than {guard.max_skips} updates were left out within {guard.window} steps, the "
+                f"last since {result.left_out}; {self.folder / EVENTS} names "
+                "the samples; lower optim.lr, or leave bad data out"
+            )
+        finite = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
+        if guard.spikes is not SpikeAction.rollback or not finite or not self._has_checkpoint():
+            return False
+        self._roll_back(step + self.jump)
+        return True
+
+    def _roll_back(self, data_step: int) -> None:
+        """Go back to the newest checkpoint, and on behind the data of `data_step`."""
+        guard, rollbacks = self.config.guard, self.rollbacks + 1
+        if rollbacks > guard.max_rollbacks:
+            raise UserError(
+                f"guard.max_rollbacks: a spike after {guard.max_rollbacks} rollbacks; {self.folder / EVENTS} names the "
+                "samples of all of them; lower optim.lr, or leave bad data out"
+            )
+        self.step = self._resume()
+        self.rollbacks, self.jump = rollbacks, data_step + 1 - self.step
+        self._say(f"rolled back to step {self.step}; goes on with the data of step {data_step + 1}")
+        if self.tracker:
+            self.tracker.rewind(self.step)
+        self.progress.n = self.step
+        self._save()  # or an attempt that is killed now would meet the spike again
+
+    def _has_checkpoint(self) -> bool:
+        return bool(self.rank.gather(checkpoint.latest(self.checkpoints) is not None)[0])
+
     def _count(self, result: StepResult, batches: Sequence[ClipBatch], means: Means, clock: "Clock") -> None:
         for loss in result.losses:
-            means.add("loss", loss.loss.detach())
+            finite = loss.loss.detach().isfinite()
+            means.add("loss", loss.loss.detach(), finite.double())
             for name, (value, weight) in loss.parts.items():
                 means.add(name, value, weight)
         bad: list[BadSample] = [one for batch in batches for one in batch.bad]
@@ -209,7 +342,7 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------ side jobs
 
-    def _log(self, means: Means, clock: "Clock", lr: float, grad_norm: float, progress: tqdm) -> None:
+    def _log(self, means: Means, clock: "Clock", lr: float, grad_norm: float) -> None:
         values = means.read()
         seconds = clock.seconds()
         speed = clock.flops / seconds / self.rank.world_size
@@ -221,16 +354,16 @@ class Trainer:
             "tflops_per_device": speed / 1e12,
             "mfu": speed / self._peak,
             "data_wait": clock.waited / seconds,
+            "left_out": self.left_out,
             "flops": self.flops,
         }
-        passes = self.loader.order.passes(self.step - 1)
+        passes = self.loader.order.passes(self.step - 1 + self.jump)
         values |= {"pass": passes[0]} if len(passes) == 1 else {f"pass_{i}": one for i, one in enumerate(passes)}
         clock.restart()
-        if not math.isfinite(grad_norm):
-            self._say(f"step {self.step}: the gradients are not finite, so this update was skipped")
         if self.tracker:
             self.tracker.log(self.step, values)
-        progress.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+        if "loss" in values:
+            self.progress.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
 
     def _validate(self) -> None:
         if self.validation.count == 0:
@@ -262,6 +395,12 @@ class Trainer:
             "objective": self.objective.state(),
             "wandb_id": self.rank.gather(self.tracker.wandb_id if self.tracker else self.wandb_id)[0],
             "finished": self.finished,
+            "guard": {
+                "updates": self.guard.state(),
+                "left_out": self.left_out,
+                "rollbacks": self.rollbacks,
+                "jump": self.jump,
+            },
             "flops": self.flops,
             "clip": list(self.loader.order.buckets[0].shape),
             "fps": self.loader.order.buckets[0].fps or 0.0,
@@ -293,6 +432,9 @@ class Trainer:
         self.loader.begin_order(self.facts.data.first_step)
         self.wandb_id = state["extra"]["wandb_id"]
         self.finished = state["extra"]["finished"]
+        guard = state["extra"]["guard"]
+        self.guard.load_state(guard["updates"])
+        self.left_out, self.rollbacks, self.jump = guard["left_out"], guard["rollbacks"], guard["jump"]
         self.flops = state["extra"]["flops"]
         self._say(f"{self.folder}: goes on from step {state['step']}")
         return int(state["step"])
@@ -395,13 +537,11 @@ def make_rows(data: DataConfig, objective: Objective) -> list[Row]:
 def make_loader(
     config: BaseTrainConfig, index: Index, objective: Objective, rank: Rank, latents: Joined | None = None
 ) -> ClipLoader:
-    """The loader of the configured data for this rank. All ranks call it."""
+    """The loader of the configured data for this rank."""
     data = config.data
-    rows = make_rows(data, objective)
-    rank.main_first(lambda: open_buckets(index, rows))
     return ClipLoader(
         index,
-        rows,
+        make_rows(data, objective),
         seed=config.run.seed,
         block_shards=data.block_shards,
         flip=data.flip,

@@ -144,6 +144,17 @@ def misuse(rank: Rank) -> None:
         assert not math.isfinite(engine.step(0.1))
         assert dm.digest(engine.full_state()) == before, f"a NaN reached the weights at stage {stage}"
         assert engine.step_count == 0
+        for _ in range(2):
+            engine.backward(engine(tokens[: engine.micro_batch]).square().mean())
+        norm = engine.step(0.1, limit=1e-6)
+        assert 1e-6 < norm < math.inf
+        assert dm.digest(engine.full_state()) == before, f"an update above the limit was made at stage {stage}"
+        assert engine.step_count == 0
+        infinite = torch.tensor(math.inf)
+        engine.backward(engine(tokens[: engine.micro_batch]).square().mean() + infinite)  # whose own gradient is finite
+        engine.backward(engine(tokens[: engine.micro_batch]).square().mean())
+        assert not math.isfinite(engine.step(0.1))
+        assert dm.digest(engine.full_state()) == before
         assert math.isfinite(dm.train_step(engine, 0)[1])  # and training goes on
         assert dm.digest(engine.full_state()) != before
         with engine.swapped(None):

@@ -99,17 +99,21 @@ def test_data_sets_and_stills_are_mixed(tiny: Tiny, tmp_path: Path, capsys: pyte
     assert [lines[-1]["pass_0"], lines[-1]["pass_1"]] == pytest.approx([48 / samples, 16 / samples])
     assert {path.name.split("-")[0] for path in (tmp_path / "cache").iterdir()} == {"index"}
     assert not (copy / ".cache").exists()
-    for other in (words(9, sets.replace("3", "2")), words(9, sets, 0.5), words(9, f"[{{shards: {tiny.shards}}}]")):
+    for other in (
+        words(9, sets.replace("weight: 3", "weight: 2")),
+        words(9, sets, 0.5),
+        words(9, f"[{{shards: {tiny.shards}}}]"),
+    ):
         assert call(*other) == 2
     errors = capsys.readouterr().err
     assert "data.sets[0].weight was 3.0, is 2.0" in errors and "data.image_ratio was 0.25, is 0.5" in errors
     assert errors.count("give run.name another name") == 3 and "data.sets[1].shards: a data set with" in errors
     # What is meant is said once: from there on the order is another one, and the run needs no further word.
-    other = words(10, sets.replace("3", "2"), 0.5)
+    other = words(10, sets.replace("weight: 3", "weight: 2"), 0.5)
     assert call(*other, "run.accept=[data.sets.weight,data.image_ratio]") == 0
     assert (
         "run.accept: from step 8 on, data.sets[0].weight was 3.0, is 2.0; data.image_ratio" in capsys.readouterr().out
     )
-    assert call(*words(12, sets.replace("3", "2"), 0.5)) == 0 and call(*words(13, sets)) == 2
+    assert call(*words(12, sets.replace("weight: 3", "weight: 2"), 0.5)) == 0 and call(*words(13, sets)) == 2
     lines = [line for line in read_record(tmp_path / "tiny" / RECORD) if "pass_0" in line]
     assert [line["step"] for line in lines] == list(range(1, 13)) and lines[8]["pass_0"] < lines[7]["pass_0"]

@@ -22,8 +22,8 @@ def test_joined_along_the_batch_with_the_shorter_text_padded() -> None:
     ("wrong", "says"),
     [
         ({"labels": torch.zeros(2), "pooled": torch.zeros(3, 4)}, r"different sizes: \[2, 3\]"),
-        ({"text": torch.zeros(2, 3, 4)}, "need a text_mask"),
-        ({"text": torch.zeros(2, 3), "text_mask": torch.zeros(2, 3)}, "bytes has none"),
+        ({"text_mask": torch.zeros(2, 3)}, "is not that of text features None"),
+        ({"text": torch.zeros(2, 3), "text_mask": torch.zeros(2, 3)}, r"is not that of text features \(2, 3\)"),
         ({"text": torch.zeros(2, 3, 4), "text_mask": torch.zeros(2, 4)}, r"text_mask \(2, 4\)"),
         ({"frames": torch.zeros(2, 3, 1, 2, 2)}, "go together"),
     ],

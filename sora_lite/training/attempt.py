@@ -1,0 +1,66 @@
+"""What a run keeps of each of its attempts: where it ran, with what code, and what went wrong on the way."""
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+EVENTS = "events.jsonl"
+"""Updates that were left out and rollbacks, one JSON object per line."""
+_PACKAGE = Path(__file__).parents[1]
+
+
+@functools.cache
+def code_version() -> str:
+    """Digest of all source files of this package: the same on every rank of a run."""
+    digest = hashlib.sha256()
+    for path in sorted(_PACKAGE.rglob("*.py")):
+        digest.update(f"{path.relative_to(_PACKAGE)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def write_attempt(run: Path, *, step: int, world_size: int) -> None:
+    """Add RUN/attempts/NNN.json: time, command, host, Slurm job, code, git state and versions of packages."""
+    folder = run / "attempts"
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "from_step": step,
+        "world_size": world_size,
+        "command": sys.argv,
+        "host": platform.node(),
+        "pid": os.getpid(),
+        "slurm": {name: value for name, value in os.environ.items() if name.startswith("SLURM_JOB_")},
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "code": code_version(),
+        "git": _git("rev-parse", "HEAD"),
+        "git_changes": _git("status", "--porcelain"),
+        "packages": dict(sorted((one.name, one.version) for one in importlib.metadata.distributions())),
+    }
+    number = 1 + max((int(path.stem) for path in folder.glob("*.json")), default=0)
+    (folder / f"{number:03d}.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def append_event(run: Path, event: dict[str, Any]) -> None:
+    """Add a line to RUN/events.jsonl. What is not finite becomes a text."""
+    with (run / EVENTS).open("a") as file:
+        file.write(json.dumps({"time": time.time(), **event}) + "\n")
+
+
+def _git(*arguments: str) -> str | None:
+    """Output of git in the package's folder; None where it is no checkout, or git is not there."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=_PACKAGE, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

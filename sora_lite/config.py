@@ -78,6 +78,20 @@ class Decoder(Enum):
     decord = "decord"
 
 
+class OnFailedSave(Enum):
+    """What happens where a checkpoint cannot be written. `warn` trains on with the one before it."""
+
+    stop = "stop"
+    warn = "warn"
+
+
+class OnDamage(Enum):
+    """What happens where the newest checkpoint is damaged. `fall_back` goes on from the newest good one."""
+
+    fall_back = "fall_back"
+    stop = "stop"
+
+
 class Positions(StrEnum):
     """How a token knows its place: rotary positions over (t, h, w), or fixed sines and cosines added to the tokens."""
 
@@ -186,7 +200,17 @@ class RunConfig:
     save_every: int = 500
     """A checkpoint every so many steps, and one at the end."""
     keep_last: int = 2
-    """How many of the newest checkpoints to keep."""
+    """How many of the newest checkpoints to keep; with 2 or more there is another one where the newest is damaged."""
+    keep_every: int = 0
+    """Keep the checkpoints of steps that are multiples of this as well; 0 for none."""
+    save_in_background: bool = True
+    """Copy the state to memory and write it while training goes on: takes as much memory as a rank's part of it."""
+    on_failed_save: OnFailedSave = OnFailedSave.stop
+    """`stop` or `warn` where a checkpoint cannot be written; that at the end must be written with both."""
+    on_damage: OnDamage = OnDamage.fall_back
+    """`fall_back` or `stop` where the newest checkpoint is damaged."""
+    take_over: bool = False
+    """Take the run folder from a job that still holds it. That job then stops without saving."""
     validate_every: int = 500
     """Validation loss (EMA weights, fixed times and noise) every so many steps; 0 turns it off."""
     validation_samples: int = 64
@@ -327,6 +351,8 @@ class OptimConfig:
     """Fraction of `lr` that a cosine schedule ends on."""
     ema_decay: float = 0.9999
     """Largest decay of the averaged weights; at step n it is min(ema_decay, (1+n)/(10+n)). 0 turns it off."""
+    ema_on_cpu: bool = False
+    """Keep the averaged weights in the host's memory: 4 bytes a parameter less on GPUs, shared by the ranks of ZeRO."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -692,6 +718,16 @@ class InspectConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    """`sora-lite checkpoint list|verify RUN`: what lies in a run's folder of checkpoints."""
+
+    run: str = MISSING
+    """Run folder of train or train-vae."""
+    format: Format = Format.table
+    """`table` or `json`."""
+
+
+@dataclass(kw_only=True, slots=True)
 class ScalingConfig:
     """`sora-lite scaling`: fit the validation loss of a sweep of model sizes against the FLOPs of their training."""
 
@@ -725,6 +761,7 @@ ROOTS: dict[str, type] = {
     "export": ExportConfig,
     "evaluate": EvaluateConfig,
     "inspect": InspectConfig,
+    "checkpoint": CheckpointConfig,
     "scaling": ScalingConfig,
     "demo": DemoConfig,
 }
@@ -800,7 +837,7 @@ def _check_run(config: BaseTrainConfig) -> None:
     _require(config.guard.sigma > 0, "guard.sigma", f"must be above 0, not {config.guard.sigma}")
     for key in ("max_skips", "max_rollbacks"):
         _require(getattr(config.guard, key) >= 0, f"guard.{key}", "must be at least 0")
-    for key in ("validate_every", "validation_samples", "sample_every"):
+    for key in ("validate_every", "validation_samples", "sample_every", "keep_every"):
         _require(getattr(run, key) >= 0, f"run.{key}", "must be at least 0")
     _require(parallel.accumulation >= 1, "parallel.accumulation", f"must be at least 1, not {parallel.accumulation}")
     _require(optim.lr > 0, "optim.lr", f"must be above 0, not {optim.lr}")

@@ -14,6 +14,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "train-vae": ("train", "train the causal spatiotemporal VAE on shards"),
     "train": ("train", "train the video DiT on shards"),
     "export": ("export", "write a run's newest checkpoint as safetensors for inference"),
+    "import": ("import_weights", "weights that others published (DiT, Latte, Wan) as an export of this project"),
     "generate": ("generate", "make clips from an exported model"),
     "evaluate": ("evaluate", "measure a model of a labelled data set with classifiers trained on real clips"),
     "inspect": ("inspect", "parameters and FLOPs of a model, without building it"),

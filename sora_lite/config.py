@@ -609,8 +609,8 @@ class InspectConfig:
 
     model: DiTConfig = field(default_factory=DiTConfig)
     latent: list[int] | None = None
-    """Latent shape (channels, frames, height, width) of one clip; null takes [4, 1, 32, 32] (an image of 256 x 256 pixels)
-    for models with labels alone, as in the DiT paper, and [16, 5, 32, 32] for others."""
+    """Latent (channels, frames, height, width) of one clip; null takes [4, 1, 32, 32] (an image of 256 x 256) for
+    models with labels alone, as in the DiT paper, and [16, 5, 32, 32] for others."""
     precision: Precision = Precision.bf16
     """Arithmetic for which memory is told."""
     format: Format = Format.table

@@ -88,7 +88,7 @@ class _FlashAttention(nn.Module):
 
 
 def activation_bytes(dit: VideoDiT, latent: Tensor, time: Tensor) -> int:
-    """Bytes that autograd keeps for the backward pass of one forward pass, the weights not counted. Changes the model."""
+    """Bytes that autograd keeps of one forward pass besides the weights. Changes the model."""
     for module in dit.modules():
         for name, child in module.named_children():
             if isinstance(child, InnerAttention):

@@ -45,6 +45,10 @@ test: $(STAMP)  ## the tests (minutes)
 test-long: $(STAMP)  ## the tests that take longer
 	$(BIN)/python -m pytest -m "slow and not slurm" $(ARGS)
 
+.PHONY: faults
+faults: $(STAMP)  ## the long tests of kills, damage, full disks and hangs
+	$(BIN)/python -m pytest -m slow tests/faults $(ARGS)
+
 .PHONY: test-slurm
 test-slurm: $(STAMP)  ## the tests on a real Slurm of two nodes on this machine (root on Debian; else skipped)
 	$(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)

@@ -5,9 +5,10 @@ import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
-from benchmarks import cuts, decoding, loading, order, packing, reading, step
+from benchmarks import balance, cuts, decoding, loading, order, packing, reading, step
 
 TABLES = {
+    "balance": balance.main,
     "cuts": cuts.main,
     "decoding": decoding.main,
     "loading": loading.main,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.config import DataConfig, IndexConfig, help_text, parse
+from data_tools.config import BucketsConfig, DataConfig, IndexConfig, help_text, parse
 from sora_lite.cli import run_verb
 from sora_lite.errors import UserError
 
@@ -72,6 +72,11 @@ VERBS = {
         settings=IndexConfig,
         more="[OUT] KEY=VALUE",
     ),
+    "buckets": Verb(
+        line="propose a bucket table for training, with what each row gets and what is lost",
+        words=["SHARDS"],
+        settings=BucketsConfig,
+    ),
     "quarantine": Verb(line="list what could not be used, or let it be tried again", words=["list|retry", "SHARDS"]),
     "remove": Verb(
         line="take clips (by key) or sources (16 digits) down: readers leave them out from now on",
@@ -111,6 +116,10 @@ def _call(verb: str, words: list[str], rest: list[str]) -> None:
             from data_tools.index_tars import index
 
             index(last, out or last, settings)
+        case "buckets":
+            from data_tools.buckets import propose
+
+            propose(last, settings)
         case "quarantine":
             from data_tools import quarantine
             from data_tools.job import Job

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_type_hints
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sora_lite.config import QueueConfig, field_docs
+from sora_lite.config import Format, QueueConfig, field_docs
 from sora_lite.data.shards import to_json
 from sora_lite.errors import UserError
 
@@ -330,6 +330,39 @@ class IndexConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.validation_fraction < 1:
             raise UserError(f"validation_fraction={self.validation_fraction}: must lie in [0, 1).")
+
+
+@dataclass(kw_only=True, slots=True)
+class BucketsConfig:
+    """`sora-data buckets`."""
+
+    fps: float | None = None
+    """Frames per second of all rows; null takes a usual rate that nine tenths of the clips have at least."""
+    sides: list[int] = field(default_factory=list)
+    """Sides of squares of the rows' areas, in pixels; empty takes the largest that enlarges a tenth of the samples."""
+    frames: list[int] = field(default_factory=list)
+    """Lengths of the rows; empty takes those that the samples have."""
+    lengths: int = 2
+    """Where frames is empty: most different lengths."""
+    longest: int = 129
+    """Where frames is empty: most frames."""
+    ratios: int = 5
+    """Most aspect ratios."""
+    crop: float = 0.03
+    """Part of the area that may be cut off on average; more ratios are taken until it is."""
+    multiple: int = 16
+    """Heights and widths are multiples of it."""
+    format: Format = Format.table
+    """`table` (and a picture in the folder of shards), or `json`."""
+
+    def __post_init__(self) -> None:
+        for key in ("lengths", "longest", "ratios", "multiple"):
+            if getattr(self, key) < 1:
+                raise UserError(f"{key}={getattr(self, key)}: must be at least 1.")
+        if self.fps is not None and self.fps <= 0:
+            raise UserError(f"fps={self.fps}: must be above 0.")
+        if any(one < 1 for one in [*self.sides, *self.frames]):
+            raise UserError("sides, frames: must be at least 1.")
 
 
 def plain(settings: Any) -> dict[str, Any]:

@@ -78,6 +78,20 @@ class Decoder(Enum):
     decord = "decord"
 
 
+class OnFailedSave(Enum):
+    """What happens where a checkpoint cannot be written. `warn` trains on with the one before it."""
+
+    stop = "stop"
+    warn = "warn"
+
+
+class OnDamage(Enum):
+    """What happens where the newest checkpoint is damaged. `fall_back` goes on from the newest good one."""
+
+    fall_back = "fall_back"
+    stop = "stop"
+
+
 class Positions(StrEnum):
     """How a token knows its place: rotary positions over (t, h, w), or fixed sines and cosines added to the tokens."""
 
@@ -136,6 +150,19 @@ class Layout(StrEnum):
     diffusers = "diffusers"
 
 
+class FrameMode(Enum):
+    """Which frames of a clip are given, and the others made: none (text only), the first (image to video), the last,
+    both, those before (extension forward), those after (extension backward), or any."""
+
+    none = "none"
+    first = "first"
+    last = "last"
+    first_last = "first_last"
+    before = "before"
+    after = "after"
+    random = "random"
+
+
 class BatchBy(Enum):
     """What the micro-steps of all buckets have alike, as near as whole batches come: tokens, or FLOPs of the configured
     models (forward and backward, and the frozen VAE's encoder), so that steps take about the same time."""
@@ -173,7 +200,17 @@ class RunConfig:
     save_every: int = 500
     """A checkpoint every so many steps, and one at the end."""
     keep_last: int = 2
-    """How many of the newest checkpoints to keep."""
+    """How many of the newest checkpoints to keep; with 2 or more there is another one where the newest is damaged."""
+    keep_every: int = 0
+    """Keep the checkpoints of steps that are multiples of this as well; 0 for none."""
+    save_in_background: bool = True
+    """Copy the state to memory and write it while training goes on: takes as much memory as a rank's part of it."""
+    on_failed_save: OnFailedSave = OnFailedSave.stop
+    """`stop` or `warn` where a checkpoint cannot be written; that at the end must be written with both."""
+    on_damage: OnDamage = OnDamage.fall_back
+    """`fall_back` or `stop` where the newest checkpoint is damaged."""
+    take_over: bool = False
+    """Take the run folder from a job that still holds it. That job then stops without saving."""
     validate_every: int = 500
     """Validation loss (EMA weights, fixed times and noise) every so many steps; 0 turns it off."""
     validation_samples: int = 64
@@ -300,6 +337,8 @@ class OptimConfig:
     """Fraction of `lr` that a cosine schedule ends on."""
     ema_decay: float = 0.9999
     """Largest decay of the averaged weights; at step n it is min(ema_decay, (1+n)/(10+n)). 0 turns it off."""
+    ema_on_cpu: bool = False
+    """Keep the averaged weights in the host's memory: 4 bytes a parameter less on GPUs, shared by the ranks of ZeRO."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -496,6 +535,16 @@ class TrainVAEConfig(BaseTrainConfig):
 
 
 @dataclass(kw_only=True, slots=True)
+class FrameRule:
+    """One row of the ratios by which training gives frames."""
+
+    mode: FrameMode = MISSING
+    """Which frames are given."""
+    weight: float = 1.0
+    """How often, against the other rows."""
+
+
+@dataclass(kw_only=True, slots=True)
 class TrainConfig(BaseTrainConfig):
     """`sora-lite train`: train the video DiT."""
 
@@ -503,6 +552,44 @@ class TrainConfig(BaseTrainConfig):
     """The trained VAE: an export (`sora-lite export`), or a run folder that holds one."""
     model: DiTConfig = field(default_factory=DiTConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    frames: list[FrameRule] = field(default_factory=list)
+    """How often which frames of a clip are given; needs `model.frame_conditions`, and clips as video."""
+
+
+class PreviewFormat(Enum):
+    """What `data-preview` gives: contact sheets and a page, or a line of JSON for each step and rank."""
+
+    page = "page"
+    jsonl = "jsonl"
+
+
+@dataclass(kw_only=True, slots=True)
+class PreviewConfig:
+    """What `data-preview` shows of the data."""
+
+    format: PreviewFormat = PreviewFormat.page
+    """`page`: contact sheets of each bucket and index.html. `jsonl`: what each rank sees in each step, on stdout."""
+    out: str = "preview"
+    """Folder for sheets and page."""
+    clips: int = 12
+    """For page: clips of each bucket."""
+    start: int = 0
+    """The first step that is looked at."""
+    steps: int = 4
+    """For jsonl: steps."""
+    world_size: int = 1
+    """For jsonl: ranks that share a step."""
+    accumulation: int = 1
+    """For jsonl: passes in which each rank takes its part of a step."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DataPreviewConfig(TrainConfig):
+    """`sora-lite data-preview`: what `sora-lite train` with the same settings would see."""
+
+    vae_from: str = ""
+    """The trained VAE, whose factors count the tokens of a clip; empty takes the usual 4 x 8 x 8 compression."""
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -524,6 +611,18 @@ class SamplingConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class ConditionConfig:
+    """Pictures or clips that generations have to keep, at a clip's own rate and in the generation's size."""
+
+    first: str | None = None
+    """Picture (PNG, JPEG) or clip that generations begin with; of a clip its last `frames` frames."""
+    last: str | None = None
+    """Picture or clip that generations end with; of a clip its first `frames` frames."""
+    frames: int = 5
+    """How many frames of a clip are kept: 4k+1 for a VAE that compresses time by 4."""
+
+
+@dataclass(kw_only=True, slots=True)
 class GenerateConfig:
     """`sora-lite generate`: make clips from an exported model."""
 
@@ -535,6 +634,8 @@ class GenerateConfig:
     """Texts; for a model without text leave it empty and give labels."""
     labels: list[int] = field(default_factory=list)
     """Class labels, one per prompt, or alone; empty for none."""
+    condition: ConditionConfig = field(default_factory=ConditionConfig)
+    """Frames that generations have to keep; then prompts and labels may be left out."""
     count: int = 1
     """Generations per prompt."""
     frames: int | None = None
@@ -596,6 +697,8 @@ class EvaluateConfig:
     """Generations, spread alike over all combinations of the attributes."""
     clips: int = 400
     """Held-out clips for the VAE's reconstruction figures."""
+    frames: list[FrameMode] = field(default_factory=list)
+    """Measure these ways of giving frames (of held-out clips) instead of generations from prompts alone."""
     judge_steps: int = 600
     """Training steps of each classifier."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -613,6 +716,16 @@ class InspectConfig:
     models with labels alone, as in the DiT paper, and [16, 5, 32, 32] for others."""
     precision: Precision = Precision.bf16
     """Arithmetic for which memory is told."""
+    format: Format = Format.table
+    """`table` or `json`."""
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    """`sora-lite checkpoint list|verify RUN`: what lies in a run's folder of checkpoints."""
+
+    run: str = MISSING
+    """Run folder of train or train-vae."""
     format: Format = Format.table
     """`table` or `json`."""
 
@@ -646,11 +759,13 @@ class DemoConfig:
 ROOTS: dict[str, type] = {
     "train": TrainConfig,
     "train_vae": TrainVAEConfig,
+    "data_preview": DataPreviewConfig,
     "generate": GenerateConfig,
     "export": ExportConfig,
     "import": ImportConfig,
     "evaluate": EvaluateConfig,
     "inspect": InspectConfig,
+    "checkpoint": CheckpointConfig,
     "scaling": ScalingConfig,
     "demo": DemoConfig,
 }
@@ -699,6 +814,12 @@ def check(config: object) -> None:
         _require(diffusion.shift > 0, "diffusion.shift", f"must be above 0, not {diffusion.shift}")
         dropout = diffusion.condition_dropout
         _require(0 <= dropout < 1, "diffusion.condition_dropout", f"must lie in [0, 1), not {dropout}")
+    if isinstance(config, DataPreviewConfig):
+        for key, least in (("start", 0), ("clips", 1), ("steps", 1), ("world_size", 1), ("accumulation", 1)):
+            _require(getattr(config.preview, key) >= least, f"preview.{key}", f"must be at least {least}")
+        _check_frames(config)
+    if isinstance(config, EvaluateConfig):
+        _require(FrameMode.random not in config.frames, "frames", "random is for training; take before or first_last")
     if isinstance(config, TrainVAEConfig):
         _check_vae(config.vae, config.data.buckets)
 
@@ -719,7 +840,7 @@ def _check_run(config: BaseTrainConfig) -> None:
     _require(config.guard.sigma > 0, "guard.sigma", f"must be above 0, not {config.guard.sigma}")
     for key in ("max_skips", "max_rollbacks"):
         _require(getattr(config.guard, key) >= 0, f"guard.{key}", "must be at least 0")
-    for key in ("validate_every", "validation_samples", "sample_every"):
+    for key in ("validate_every", "validation_samples", "sample_every", "keep_every"):
         _require(getattr(run, key) >= 0, f"run.{key}", "must be at least 0")
     _require(parallel.accumulation >= 1, "parallel.accumulation", f"must be at least 1, not {parallel.accumulation}")
     _require(optim.lr > 0, "optim.lr", f"must be above 0, not {optim.lr}")
@@ -819,6 +940,16 @@ def _check_dit(model: DiTConfig) -> None:
     _require(
         model.time_frequencies in (127, 128), "model.time_frequencies", f"is 127 or 128, not {model.time_frequencies}"
     )
+
+
+def _check_frames(config: TrainConfig) -> None:
+    given, reads = any(rule.mode is not FrameMode.none for rule in config.frames), config.model.frame_conditions
+    _require(
+        reads or not given, "model.frame_conditions", "is false, but frames has rows that give frames; set it to true"
+    )
+    _require(given or not reads, "frames", "has no row that gives frames; add one, or model.frame_conditions=false")
+    for i, rule in enumerate(config.frames):
+        _require(0 < rule.weight < math.inf, f"frames[{i}].weight", f"must be above 0, not {rule.weight}")
 
 
 def _check_vae(vae: VAEConfig, buckets: list[BucketRule]) -> None:

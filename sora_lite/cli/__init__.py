@@ -13,16 +13,21 @@ VERBS: dict[str, tuple[str, str]] = {
     "demo": ("demo", "the whole way on moving handwritten digits: data, VAE, DiT, clips, figures"),
     "train-vae": ("train", "train the causal spatiotemporal VAE on shards"),
     "train": ("train", "train the video DiT on shards"),
+    "data-preview": ("data_preview", "what training would see: contact sheets and a page, or lines of JSON"),
     "export": ("export", "write a run's newest checkpoint as safetensors for inference"),
     "import": ("import_weights", "weights that others published (DiT, Latte, Wan) as an export of this project"),
     "generate": ("generate", "make clips from an exported model"),
     "evaluate": ("evaluate", "measure a model of a labelled data set with classifiers trained on real clips"),
     "inspect": ("inspect", "parameters and FLOPs of a model, without building it"),
+    "checkpoint": ("checkpoint", "list or verify the checkpoints of a run"),
     "scaling": ("scaling", "the power law of a sweep's validation loss, and what it predicts"),
     "submit": ("submit", "submit a training job to Slurm"),
 }
-"""Verb: (module of `sora_lite.cli`, one line of help). A module has `main(config)`; that of `submit`, which
-has no configuration of its own, has `main(verb, argv)`."""
+"""Verb: (module of `sora_lite.cli`, one line of help). A module has `main(config)`, or `main(verb, argv)` for a verb
+of WITH_WORDS."""
+
+WITH_WORDS = ("checkpoint", "submit")
+"""Verbs whose arguments are not settings alone."""
 
 
 def run_verb(action: Callable[[], object]) -> int:
@@ -63,10 +68,10 @@ def main(argv: list[str] | None = None) -> int:
             near = difflib.get_close_matches(verb, VERBS, n=1)
             cure = f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}"
             raise UserError(f"{verb}: no such verb; {cure}")
-        from sora_lite.cli.compose import ROOTS, configure
+        from sora_lite.cli.compose import configure
 
         # Before the verb's module, whose torch takes seconds to import: help and typing errors need none of it.
-        arguments = [configure(verb, argv[1:])] if verb.replace("-", "_") in ROOTS else [verb, argv[1:]]
+        arguments = [verb, argv[1:]] if verb in WITH_WORDS else [configure(verb, argv[1:])]
         importlib.import_module(f"sora_lite.cli.{VERBS[verb][0]}").main(*arguments)
 
     return run_verb(call)

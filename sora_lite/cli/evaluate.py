@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from sora_lite.cli.evaluate_frames import evaluate_frames
 from sora_lite.config import EvaluateConfig, SamplingConfig
 from sora_lite.data.index import Index
 from sora_lite.data.loader import ClipReader
@@ -85,8 +86,16 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         )
     figures |= _reconstructions(vae, held_out, judges, classes, config.clips)
 
-    requests, wanted = _spread(held_out, config.attributes, config.count)
     pipeline = Pipeline(dit, vae, contract.shift, local_device())
+    if config.frames:
+        few = slice(0, config.count)
+        known = {name: (judges[name], held_out.targets(name, classes[name])[few]) for name in config.attributes}
+        for mode in config.frames:
+            figures |= evaluate_frames(
+                pipeline, mode, held_out.clips[few], held_out.requests[few], known, config.sampling
+            )
+        return figures | {"generations": len(held_out.clips[few]), "guidance": config.sampling.guidance}
+    requests, wanted = _spread(held_out, config.attributes, config.count)
     clip = (contract.clip[0], contract.clip[1], contract.clip[2])
     for prefix, guidance in (("", config.sampling.guidance), ("unguided_", 1.0)):
         sampling = SamplingConfig(

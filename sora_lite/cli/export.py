@@ -8,7 +8,7 @@ from sora_lite.errors import UserError
 from sora_lite.generation import export as exports
 from sora_lite.generation.layouts import write_folder
 from sora_lite.models.vae import CausalVAE
-from sora_lite.training import checkpoint
+from sora_lite.training import restore, store
 
 
 def main(config: ExportConfig) -> None:
@@ -30,10 +30,10 @@ def export(run: Path, out: Path | None, weights: str) -> Path:
     Raises:
         UserError: there is no checkpoint, it is damaged, or has no such weights.
     """
-    path = checkpoint.latest(run / "checkpoints")
+    path = store.latest(run / "checkpoints")
     if path is None:
         raise UserError(f"{run}: holds no checkpoint yet; train it first, or check the path")
-    tensors, state = checkpoint.read_full(path, weights)
+    tensors, state = restore.read_full(path, weights)
     extra: dict[str, Any] = state["extra"]
     kind, objective = extra["facts"]["kind"], extra["objective"]
     out = out or run / "export"

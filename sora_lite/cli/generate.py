@@ -15,6 +15,7 @@ from sora_lite.errors import UserError
 from sora_lite.evaluation.page import PageClip, contact_sheet, loss_plot, write_page
 from sora_lite.evaluation.record import RECORD
 from sora_lite.generation.export import Contract, load_dit
+from sora_lite.generation.frames import given_frames, read_given
 from sora_lite.generation.pipeline import Pipeline, Request
 from sora_lite.models.dit import VideoDiT
 from sora_lite.models.patch import Grid, token_grid
@@ -29,7 +30,9 @@ def main(config: GenerateConfig) -> None:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     check(config)
-    requests = make_requests(config.prompts, config.labels, config.count)
+    conditioned = config.condition.first is not None or config.condition.last is not None
+    prompts = config.prompts if config.prompts or config.labels or not conditioned else [""]
+    requests = make_requests(prompts, config.labels, config.count)
     dit, vae, contract = load_dit(Path(config.model_from))
     pipeline = Pipeline(dit, vae, contract.shift, local_device())
     clip = clip_size(config, contract)
@@ -40,10 +43,11 @@ def main(config: GenerateConfig) -> None:
     frames, height, width = contract.clip
     trained = token_grid(vae.latent_shape(frames, height, width)[1:], dit.patch)
     dit.scaling = scaling(config.position_scaling, trained, dit)
-    generations = pipeline.generate(requests, clip=clip, sampling=config.sampling)
+    given = read_given(config.condition, clip, vae.time_factor, len(requests)) if conditioned else None
+    generations = pipeline.generate(requests, clip=clip, sampling=config.sampling, given=given)
     clips = [video.numpy() for video in tqdm(generations, total=len(requests), desc="generating", unit="clip")]
     out = Path(config.out)
-    write(out, requests, clips, config, contract)
+    write(out, requests, clips, config, contract, given_frames(given.mask[0], vae.time_factor) if given else [])
     print(f"{len(clips)} clips in {out}; look at {out / 'index.html'}")
 
 
@@ -105,18 +109,23 @@ def clip_size(config: GenerateConfig, contract: Contract) -> tuple[int, int, int
 
 
 def write(
-    out: Path, requests: list[Request], clips: list[np.ndarray], config: GenerateConfig, contract: Contract
+    out: Path,
+    requests: list[Request],
+    clips: list[np.ndarray],
+    config: GenerateConfig,
+    contract: Contract,
+    given: list[int],
 ) -> None:
-    """mp4 files, contact_sheet.png and index.html."""
+    """mp4 files, contact_sheet.png and index.html. given: numbers of the frames that were given."""
     out.mkdir(parents=True, exist_ok=True)
     fps = config.fps or contract.fps or DEFAULT_FPS
-    captions = [request.prompt or f"label {request.label}" for request in requests]
+    captions = [request.prompt or (f"label {request.label}" if request.label >= 0 else "") for request in requests]
     generated = []
     for i, (clip, caption) in enumerate(zip(clips, captions, strict=True)):
         name = f"generation_{i:04d}.mp4"
         write_mp4(out / name, clip, fps)
         generated.append(PageClip(file=name, caption=caption))
-    contact_sheet(clips, captions).save(out / "contact_sheet.png")
+    contact_sheet(clips, captions, given=given).save(out / "contact_sheet.png")
     real = _real_clips(out, set(captions), Path(config.shards), contract, fps) if config.shards else []
     if config.run:
         loss_plot(Path(config.run) / RECORD, out / "loss.png")
@@ -124,7 +133,8 @@ def write(
         out,
         title=f"Generations of {contract.run}",
         subtitle=f"step {contract.step}, {contract.weights} weights, {config.sampling.sampler.name} sampler with "
-        f"{config.sampling.steps} steps, guidance {config.sampling.guidance:g}",
+        f"{config.sampling.steps} steps, guidance {config.sampling.guidance:g}"
+        + (f"; given frames, underlined frame by frame: {', '.join(map(str, given))}" if given else ""),
         generated=generated,
         real=real,
         contact_sheet="contact_sheet.png",

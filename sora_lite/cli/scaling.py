@@ -14,7 +14,10 @@ from sora_lite.errors import UserError
 from sora_lite.evaluation.record import RECORD, read_record
 from sora_lite.evaluation.scaling import Curve, Fit, Scaling, analyse, frontier, plot
 
-ALIKE = ("data.shards", "data.sets", "data.buckets", "data.fps", "diffusion", "run.validation_samples", "vae_from")
+CONFIG = "config.yaml"
+ALIKE = (
+    "data.shards", "data.sets", "data.buckets", "data.fps", "diffusion", "frames", "run.validation_samples", "vae_from",
+)  # fmt: skip
 """Settings without which the losses of two runs do not compare."""
 
 
@@ -41,9 +44,10 @@ def main(config: ScalingConfig) -> None:
 
 def find(pattern: str) -> list[Path]:
     """Run folders that match a pattern. Raises UserError where there is none."""
-    folders = [Path(path) for path in sorted(glob(pattern)) if (Path(path) / RECORD).is_file()]
+    matches = [Path(path) for path in sorted(glob(pattern))]
+    folders = [path for path in matches if (path / RECORD).is_file() and (path / CONFIG).is_file()]
     if not folders:
-        raise UserError(f"runs: no run folder with a {RECORD} matches {pattern!r}; train the sweep first")
+        raise UserError(f"runs: no run folder with {RECORD} and {CONFIG} matches {pattern!r}; train the sweep first")
     return folders
 
 
@@ -53,8 +57,9 @@ def read_run(folder: Path) -> SweepRun:
     Raises:
         UserError: it has none, or none at its last step.
     """
-    tree = OmegaConf.load(folder / "config.yaml")
-    lines = [line for line in read_record(folder / RECORD) if line.get("val_loss") is not None]
+    tree = OmegaConf.load(folder / CONFIG)
+    record = read_record(folder / RECORD)
+    lines = [line for line in record if line.get("val_loss") is not None and "flops" in line]
     steps = int(OmegaConf.select(tree, "run.steps"))
     if not lines or lines[-1]["step"] < steps:
         reached = lines[-1]["step"] if lines else "no step"

@@ -16,6 +16,7 @@ from sora_lite.generation.export import load_vae
 from sora_lite.generation.export import write as write_export
 from sora_lite.parallel.env import Rank, init_rank, shutdown
 from sora_lite.training.engine import release_groups
+from sora_lite.training.lease import hold
 from sora_lite.training.objective import Objective
 from sora_lite.training.objective_dit import DiTObjective
 from sora_lite.training.objective_vae import VAEObjective
@@ -63,14 +64,19 @@ def train(config: TrainConfig | TrainVAEConfig, rank: Rank) -> None:
         objective = VAEObjective(config.vae, config.loss, seed=config.run.seed, rank=rank)
     else:
         vae, vae_contract = load_vae(Path(config.vae_from))
-        objective = DiTObjective(config.model, config.diffusion, vae, seed=config.run.seed, rank=rank)
+        objective = DiTObjective(
+            config.model, config.diffusion, vae, frames=config.frames, seed=config.run.seed, rank=rank
+        )
     check_buckets(config, objective)
     trainer = Trainer(config, objective, rank)
-    if rank.is_main:
-        if isinstance(objective, DiTObjective):  # a run holds all that its export needs
-            write_export(trainer.folder / "vae", vae_contract, vae.state_dict())
-        print("\n".join([*describe(config, trainer.loader), *missing_conditions(config, trainer.loader.index)]))
-    trainer.run()
+    # Only now: a command that is refused above leaves no folder, and takes no run from a job that trains.
+    with hold(trainer.folder, rank, take_over=config.run.take_over) as lease:
+        trainer.resume(lease)
+        if rank.is_main:
+            if isinstance(objective, DiTObjective):  # a run holds all that its export needs
+                write_export(trainer.folder / "vae", vae_contract, vae.state_dict())
+            print("\n".join([*describe(config, trainer.loader), *missing_conditions(config, trainer.loader.index)]))
+        trainer.run()
 
 
 def check_buckets(config: BaseTrainConfig, objective: Objective) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
@@ -25,15 +25,18 @@ _PAPER, _INK = (24, 24, 27), (212, 212, 216)
 _GREY, _BLUE, _ORANGE = "#84848c", "#4c8dd6", "#e08a3c"
 
 
-def contact_sheet(clips: Sequence[np.ndarray], captions: Sequence[str], columns: int = 6) -> Image.Image:
+def contact_sheet(
+    clips: Sequence[np.ndarray], captions: Sequence[str], columns: int = 6, given: Container[int] = ()
+) -> Image.Image:
     """Lay clips out on one picture: a strip of `columns` frames each, spread over the clip, under its caption.
 
     clips: uint8 (T, H, W, 3), any sizes; tiny ones are enlarged by a whole factor without smoothing, so that every
-    pixel stays visible. Strips stand side by side where many would make a tall ribbon.
+    pixel stays visible. Strips stand side by side where many would make a tall ribbon. Frames whose numbers are in
+    `given` have an orange line below them.
     """
     if not clips or len(clips) != len(captions):
         raise ValueError(f"{len(clips)} clips and {len(captions)} captions: there must be as many, and at least one")
-    strips = [_strip(clip, columns) for clip in clips]
+    strips = [_strip(clip, columns, given) for clip in clips]
     width, height = max(s.width for s in strips), max(s.height for s in strips)
     font = _font(15)
     letters = max(8, int(width / font.getlength("n")))
@@ -170,7 +173,7 @@ def _enlargement(side: int, least: int) -> int:
     return max(1, math.ceil(least / side))
 
 
-def _strip(clip: np.ndarray, columns: int) -> Image.Image:
+def _strip(clip: np.ndarray, columns: int, given: Container[int]) -> Image.Image:
     """Up to `columns` frames of a clip, from its first to its last, in a row."""
     if clip.dtype != np.uint8 or clip.ndim != 4 or clip.shape[-1] != 3 or not len(clip):
         raise ValueError(f"a clip must be uint8 (T, H, W, 3), not {clip.dtype} {clip.shape}")
@@ -182,9 +185,13 @@ def _strip(clip: np.ndarray, columns: int) -> Image.Image:
     else:
         factor = min(1.0, 2 * CELL / height)
         size, how = (max(1, round(width * factor)), round(height * factor)), Image.Resampling.LANCZOS
-    strip = Image.new("RGB", (len(chosen) * (size[0] + _GAP) - _GAP, size[1]), _PAPER)
-    for column, t in enumerate(chosen):
-        strip.paste(Image.fromarray(clip[t]).resize(size, how), (column * (size[0] + _GAP), 0))
+    strip = Image.new("RGB", (len(chosen) * (size[0] + _GAP) - _GAP, size[1] + 2 * _GAP), _PAPER)
+    pen = ImageDraw.Draw(strip)
+    for column, t in enumerate(chosen.tolist()):
+        x = column * (size[0] + _GAP)
+        strip.paste(Image.fromarray(clip[t]).resize(size, how), (x, 0))
+        if t in given:
+            pen.rectangle((x, size[1] + _GAP, x + size[0] - 1, size[1] + 2 * _GAP - 1), fill=_ORANGE)
     return strip
 
 

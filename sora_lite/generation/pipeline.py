@@ -4,7 +4,7 @@ Shapes: B generations, C latent channels, T H W frames and pixels, t h w latent 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from sora_lite.diffusion.guidance import guided
 from sora_lite.diffusion.sampler import sample_euler, sample_heun
 from sora_lite.diffusion.timesteps import sampling_grid
 from sora_lite.errors import UserError
+from sora_lite.generation.frames import Given, decode_with_given, encode_given
 from sora_lite.models.conditions import Conditions
 from sora_lite.models.dit import VideoDiT
 from sora_lite.models.text import ByteTextEncoder, tokenize
@@ -86,6 +87,7 @@ def sample_latents(
     shift: float,
     seeds: Sequence[int],
     device: torch.device,
+    given: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Normalised latents B C t h w for B requests, from one seed each.
 
@@ -93,11 +95,14 @@ def sample_latents(
         model: `VideoDiT`, or an engine around one.
         shape: latent shape (C, t, h, w).
         shift: time shift of training, used where `sampling` names none.
+        given: `frames` and `frame_mask` of `Conditions`. Guidance leads to the words, so both sides of it see these.
     """
     asked, null = (
         conditions(some, num_classes=num_classes, max_bytes=max_bytes, device=device)
         for some in (requests, [Request()] * len(requests))
     )
+    if given is not None:
+        asked, null = (replace(one, frames=given[0], frame_mask=given[1]) for one in (asked, null))
     velocity = guided(model, sampling.guidance, asked, null)
     noise = seeded_normal(shape, seeds, device)
     return SAMPLERS[sampling.sampler](velocity, noise, sampling_grid(sampling.steps, sampling.shift or shift))
@@ -116,13 +121,20 @@ class Pipeline:
 
     @torch.no_grad()
     def generate(
-        self, requests: Sequence[Request], *, clip: tuple[int, int, int], sampling: SamplingConfig
+        self,
+        requests: Sequence[Request],
+        *,
+        clip: tuple[int, int, int],
+        sampling: SamplingConfig,
+        given: Given | None = None,
     ) -> Iterator[Tensor]:
         """Yield one uint8 clip T H W 3 per request, batch by batch.
 
         Generation i has its own noise from (sampling.seed, i), so it does not depend on the batch.
-        clip: (T, H, W) in frames and pixels.
+        clip: (T, H, W) in frames and pixels. given: frames to keep, a row for each request.
         """
+        if given is not None and self.dit.embed_frames is None:
+            raise UserError("condition: this model reads no frames; train one with model.frame_conditions=true")
         max_bytes = self.dit.text.max_bytes if isinstance(self.dit.text, ByteTextEncoder) else None
         check_requests(requests, num_classes=self.dit.num_classes, has_text=max_bytes is not None)
         try:
@@ -132,6 +144,10 @@ class Pipeline:
         for start in range(0, len(requests), sampling.batch):
             batch = requests[start : start + sampling.batch]
             seeds = [hash_seed(sampling.seed, "generation", start + i) for i in range(len(batch))]
+            frames = mask = None
+            if given is not None:
+                video, mask = (one[start : start + len(batch)].to(self.device) for one in (given.video, given.mask))
+                frames = encode_given(self.vae, to_float(video), mask)
             latents = sample_latents(
                 self.dit,
                 batch,
@@ -142,7 +158,11 @@ class Pipeline:
                 shift=self.shift,
                 seeds=seeds,
                 device=self.device,
+                given=frames,
             )
-            for part in latents.split(clips_at_once(*clip)):
-                video = to_uint8(self.vae.decode(self.vae.denormalize(part)))  # b 3 T H W
-                yield from video.permute(0, 2, 3, 4, 1).cpu()
+            for rows in torch.arange(len(batch)).split(clips_at_once(*clip)):
+                if frames is None or mask is None:
+                    made = self.vae.decode(self.vae.denormalize(latents[rows]))  # b 3 T H W
+                else:
+                    made = decode_with_given(self.vae, latents[rows], frames[0][rows], mask[rows])
+                yield from to_uint8(made).permute(0, 2, 3, 4, 1).cpu()

@@ -23,16 +23,18 @@ class EMA:
     Args:
         engine: Whose weights.
         max_decay: Largest decay, in (0, 1).
+        on_cpu: Whether it lies in the host's memory, whatever device the weights are on.
     """
 
-    def __init__(self, engine: "Engine", max_decay: float) -> None:
+    def __init__(self, engine: "Engine", max_decay: float, *, on_cpu: bool = False) -> None:
         if not 0 < max_decay < 1:
             raise ValueError(f"max_decay {max_decay} is not between 0 and 1")
         self.engine = engine
         self.max_decay = max_decay
         fragments = engine.fragments()
         self._layout = [(f.name, f.offset, f.master.numel()) for f in fragments]
-        self._average = [f.master.clone() for f in fragments]
+        device = torch.device("cpu") if on_cpu else engine.rank.device
+        self._average = [f.master.to(device, copy=True) for f in fragments]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -40,7 +42,7 @@ class EMA:
         fragments = self.engine.fragments()
         average = self.pieces(fragments)
         if average:
-            masters = [f.master for f in fragments]
+            masters = [f.master.to(old.device) for f, old in zip(fragments, average, strict=True)]
             torch._foreach_lerp_(average, masters, 1 - decay(step, self.max_decay))
 
     def pieces(self, fragments: "list[Fragment]") -> list[Tensor]:

@@ -4,7 +4,8 @@ Shapes: B batch, C latent channels, T H W frames and pixels, t h w latent frames
 """
 
 import copy
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sora_lite.config import DiffusionConfig, DiTConfig, SamplingConfig, TimestepSampling
+from sora_lite.config import DiffusionConfig, DiTConfig, FrameRule, SamplingConfig, TimestepSampling
 from sora_lite.data.loader import Clip, ClipBatch
 from sora_lite.data.order import hash_seed
 from sora_lite.diffusion import timesteps
 from sora_lite.diffusion.loss import mse_per_sample
 from sora_lite.diffusion.path import rectified_flow
 from sora_lite.evaluation.page import contact_sheet
+from sora_lite.generation.frames import draw_given, encode_given
 from sora_lite.generation.pipeline import (
     Request,
     check_requests,
@@ -50,6 +52,7 @@ class DiTObjective:
 
     Args:
         model, diffusion: as configured.
+        frames: how often which frames are given.
         vae: frozen; stays outside of the engine, whole on every rank.
         seed: of the run.
         rank: this process.
@@ -57,8 +60,18 @@ class DiTObjective:
 
     name = "dit"
 
-    def __init__(self, model: DiTConfig, diffusion: DiffusionConfig, vae: CausalVAE, *, seed: int, rank: Rank) -> None:
+    def __init__(
+        self,
+        model: DiTConfig,
+        diffusion: DiffusionConfig,
+        vae: CausalVAE,
+        *,
+        frames: Sequence[FrameRule] = (),
+        seed: int,
+        rank: Rank,
+    ) -> None:
         self.config, self.diffusion, self.seed, self.rank = model, diffusion, seed, rank
+        self.frames = frames
         self.vae = vae.to(rank.device)
         self.fingerprint = vae.fingerprint()
         self.architecture = {"channels": vae.latent_channels, **asdict(model)}
@@ -125,6 +138,15 @@ class DiTObjective:
             ]
         )
 
+    def _with_frames(self, conditions: Conditions, video: Tensor, seeds: list[int]) -> Conditions:
+        """The conditions, with frames of each clip B 3 T H W given as the seeds draw it."""
+        if not self.frames:
+            return conditions
+        count = self.vae.latent_shape(video.shape[2], video.shape[3], video.shape[4])[1]
+        given = torch.stack([draw_given(self.frames, count, seed) for seed in seeds])
+        frames, mask = encode_given(self.vae, to_float(video.to(self.rank.device)), given)
+        return replace(conditions, frames=frames, frame_mask=mask)
+
     def _predict(self, engine: Engine, x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         return engine(x.to(next(engine.module.parameters()).dtype), t, conditions).float()
 
@@ -141,6 +163,7 @@ class DiTObjective:
         ]
         check_requests(requests, num_classes=self.config.num_classes, has_text=self.max_bytes is not None)
         conditions = self._conditions(self.dropped(requests, self._seed(batch, "dropout")))
+        conditions = self._with_frames(conditions, batch.video, self._seed(batch, "frames"))
         prediction = self._predict(engine, point.x_t, time, conditions)
         each = mse_per_sample(prediction, point.target)  # B
         bins = (time * TIME_BINS).long().clamp_max(TIME_BINS - 1)
@@ -157,6 +180,8 @@ class DiTObjective:
         for video, clips, weights, places in held_out.batches():
             data = self._latents(video, [hash_seed("validation", int(p), "posterior") for p in places])
             conditions = self._conditions([self._request(clip) for clip in clips])
+            seeds = [hash_seed("validation", int(p), "frames") for p in places]
+            conditions = self._with_frames(conditions, video, seeds)
             for time in VALIDATION_TIMES:
                 noise = seeded_normal(
                     data.shape[1:], [hash_seed("validation", int(p), "noise", str(time)) for p in places], data.device

@@ -5,8 +5,9 @@ run folder: RUN/
   metrics.jsonl        the record
   events.jsonl         updates that were left out, and rollbacks, with the samples of their steps
   attempts/            where, with what code and what versions each attempt ran
+  lease/               see `training.lease`
   watchdog/            signs of life of the ranks, and their stacks where they stopped
-  checkpoints/         see `training.checkpoint`
+  checkpoints/         see `training.store`
   samples/             contact sheets
 """
 
@@ -22,7 +23,7 @@ import torch
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
-from sora_lite.config import BaseTrainConfig, BatchBy, DataConfig, SpikeAction
+from sora_lite.config import BaseTrainConfig, BatchBy, DataConfig, OnDamage, SpikeAction
 from sora_lite.data.buckets import Budget, Row, rows_from
 from sora_lite.data.compiled import open_buckets, open_index
 from sora_lite.data.index import Index
@@ -30,15 +31,17 @@ from sora_lite.data.loader import BadSample, ClipBatch, ClipLoader
 from sora_lite.errors import Interrupted, UserError
 from sora_lite.parallel.apply import apply_activation_checkpointing
 from sora_lite.parallel.env import Rank
-from sora_lite.training import checkpoint
 from sora_lite.training.attempt import EVENTS, append_event, code_version, write_attempt
+from sora_lite.training.checkpoint import Saver
 from sora_lite.training.ema import EMA
 from sora_lite.training.engine import Engine
 from sora_lite.training.guards import UpdateGuard
+from sora_lite.training.lease import Held
 from sora_lite.training.metrics import Means, peak_flops
 from sora_lite.training.objective import HeldOut, Loss, Objective
 from sora_lite.training.optim import learning_rate
 from sora_lite.training.replicas import ReplicaCheck
+from sora_lite.training.restore import restore
 from sora_lite.training.resume import Facts, go_on
 from sora_lite.training.signals import StopFlag
 from sora_lite.training.tracking import Tracker
@@ -94,7 +97,7 @@ def train_step(
 
 
 class Trainer:
-    """A run: everything that is built once, and the loop.
+    """A run: everything that is built once, and the loop. First `resume`, then `run`; building changes no file.
 
     Args:
         config: checked configuration.
@@ -108,8 +111,8 @@ class Trainer:
     def __init__(self, config: BaseTrainConfig, objective: Objective, rank: Rank) -> None:
         self.config, self.objective, self.rank = config, objective, rank
         self.folder = Path(config.run.root) / config.run.name
-        self.checkpoints = self.folder / "checkpoints"
         index = load_split(config.data, "train", rank)
+        rank.main_first(lambda: open_buckets(index, make_rows(config.data, objective)))
         self.loader = make_loader(config, index, objective, rank)
         plain: Any = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
         self.facts = Facts.of(plain, objective.name, objective.inputs(), index, self.loader.order)
@@ -127,7 +130,8 @@ class Trainer:
         self.engine = Engine(
             objective.module, optim=config.optim, parallel=config.parallel, rank=rank, global_batch=bucket.batch
         )
-        self.ema = EMA(self.engine, config.optim.ema_decay) if config.optim.ema_decay > 0 else None
+        optim = config.optim
+        self.ema = EMA(self.engine, optim.ema_decay, on_cpu=optim.ema_on_cpu) if optim.ema_decay > 0 else None
         self.wandb_id: str | None = None
         self.tracker: Tracker | None = None
         self.guard = UpdateGuard(config.guard)
@@ -136,13 +140,8 @@ class Trainer:
         """Steps of data that rollbacks have passed over: step n trains on step n + jump of the order."""
         self.flops = 0
         self.finished = False
-        self.step = self._resume()
+        self.step = 0
         self.replicas = ReplicaCheck(rank, objective.frozen(), {"configuration": config, "code": code_version()})
-        # Only now: a command that is refused leaves no folder, and the record of what was trained as it is.
-        if rank.is_main:
-            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
-            OmegaConf.save(OmegaConf.structured(config), self.folder / "config.yaml")
-            write_attempt(self.folder, step=self.step, world_size=rank.world_size)
 
     # ------------------------------------------------------------------------------------------------ the loop
 
@@ -157,6 +156,7 @@ class Trainer:
             if not self.finished:  # run.steps was lowered to where the run is, or below
                 self._finish()
                 self._save()
+                self.saver.finish()
             self._say(f"{self.folder}: already trained to step {self.step}")
             return
         self.finished = False
@@ -184,8 +184,10 @@ class Trainer:
                     mininterval=1,
                 )
             )
+            self.saver.waiting = lambda: self.watchdog.beat(f"step {self.step}: waiting for a checkpoint")
             while self.step < run.steps:
                 self._train_until_rollback()
+            self._finish_saving()
         self._say(f"{self.folder}: trained to step {self.step}")
 
     def _train_until_rollback(self) -> None:
@@ -212,6 +214,7 @@ class Trainer:
             )
             self.step += 1
             self.progress.update()
+            self.saver.border()
             self._count(result, micro_batches, means, clock)
             if result.left_out and self._rolls_back(result, micro_batches):
                 return
@@ -236,6 +239,7 @@ class Trainer:
                 self._save()
                 clock.restart()
             if result.stopping and self.step < run.steps:
+                self._finish_saving()
                 raise Interrupted(f"{self.folder}: asked to stop by {self._stop_reason()}; saved at step {self.step}")
 
     def _due(self, every: int) -> bool:
@@ -267,7 +271,10 @@ class Trainer:
                 "the samples; lower optim.lr, or leave bad data out"
             )
         finite = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
-        if guard.spikes is not SpikeAction.rollback or not finite or not self._has_checkpoint():
+        if guard.spikes is not SpikeAction.rollback or not finite:
+            return False
+        self._finish_saving()
+        if self.saver.newest is None:
             return False
         self._roll_back(step + self.jump)
         return True
@@ -280,16 +287,13 @@ class Trainer:
                 f"guard.max_rollbacks: a spike after {guard.max_rollbacks} rollbacks; {self.folder / EVENTS} names the "
                 "samples of all of them; lower optim.lr, or leave bad data out"
             )
-        self.step = self._resume()
+        self.step = self._restore()
         self.rollbacks, self.jump = rollbacks, data_step + 1 - self.step
         self._say(f"rolled back to step {self.step}; goes on with the data of step {data_step + 1}")
         if self.tracker:
             self.tracker.rewind(self.step)
         self.progress.n = self.step
         self._save()  # or an attempt that is killed now would meet the spike again
-
-    def _has_checkpoint(self) -> bool:
-        return bool(self.rank.gather(checkpoint.latest(self.checkpoints) is not None)[0])
 
     def _count(self, result: StepResult, batches: Sequence[ClipBatch], means: Means, clock: "Clock") -> None:
         for loss in result.losses:
@@ -385,30 +389,44 @@ class Trainer:
             "clip": list(self.loader.order.buckets[0].shape),
             "fps": self.loader.order.buckets[0].fps or 0.0,
         }
-        checkpoint.save(
-            self.checkpoints,
-            self.step,
-            {self.objective.name: self.engine},
-            {self.objective.name: self.ema},
-            extra,
-            self.rank,
-            self.config.run.keep_last,
-        )
+        self.saver.save(self.step, extra)
 
-    def _resume(self) -> int:
-        """Load the newest checkpoint, if there is one. Returns the step that it was made at."""
-        # Rank 0 looks, since a network file system may not show all nodes the same.
-        found = self.rank.together(lambda: checkpoint.latest(self.checkpoints) if self.rank.is_main else None)
-        name = self.rank.gather(found.name if found else None)[0]
-        if name is None:
-            return 0
-        path = self.checkpoints / name
-        state = checkpoint.load(
-            path,
+    def resume(self, lease: Held) -> None:
+        """Go on from the newest good checkpoint, if there is one, and write down what this attempt runs with."""
+        run = self.config.run
+        # First: no attempt that was taken for dead can move the pointer after this.
+        self.saver = Saver(
+            self.folder / "checkpoints",
             {self.objective.name: self.engine},
             {self.objective.name: self.ema},
-            check=lambda state: self._agree(path, state["step"], state["extra"]["facts"]),
+            self.rank,
+            keep_last=run.keep_last,
+            keep_every=run.keep_every,
+            background=run.save_in_background,
+            on_failure=run.on_failed_save,
+            token=lease.token,
+            fence=lease.check,
+            say=self._say,
         )
+        self.step = self._restore()
+        if self.rank.is_main:
+            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+            OmegaConf.save(OmegaConf.structured(self.config), self.folder / "config.yaml")
+            write_attempt(self.folder, step=self.step, world_size=self.rank.world_size)
+
+    def _finish_saving(self) -> None:
+        """Wait until the last checkpoint is safe."""
+        self.saver.finish()
+
+    def _restore(self) -> int:
+        """Load the newest good checkpoint, if there is one. Returns the step that it was made at."""
+        state = restore(
+            self.saver,
+            check=lambda path, state: self._agree(path, state["step"], state["extra"]["facts"]),
+            fall_back=self.config.run.on_damage is OnDamage.fall_back,
+        )
+        if state is None:
+            return 0
         self.loader.begin_order(self.facts.data.first_step)
         self.wandb_id = state["extra"]["wandb_id"]
         self.finished = state["extra"]["finished"]
@@ -498,13 +516,11 @@ def make_rows(data: DataConfig, objective: Objective) -> list[Row]:
 
 
 def make_loader(config: BaseTrainConfig, index: Index, objective: Objective, rank: Rank) -> ClipLoader:
-    """The loader of the configured data for this rank. All ranks call it."""
+    """The loader of the configured data for this rank."""
     data = config.data
-    rows = make_rows(data, objective)
-    rank.main_first(lambda: open_buckets(index, rows))
     return ClipLoader(
         index,
-        rows,
+        make_rows(data, objective),
         seed=config.run.seed,
         block_shards=data.block_shards,
         flip=data.flip,

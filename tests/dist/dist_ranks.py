@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
-        "sora_lite.training.checkpoint",
+        "sora_lite.training.restore",
         "sora_lite.training.engine",
         "deepspeed",
         # What DeepSpeed imports later, when an engine is made: 3 seconds a rank.

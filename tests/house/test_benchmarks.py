@@ -11,6 +11,7 @@ from project_tree import ROOT
 @pytest.mark.parametrize(
     ("table", "rows"),
     [
+        ("balance", ("by tokens", "by FLOPs")),
         ("order", ("compiling", "resident")),
         ("reading", ("webdataset", "sora_lite")),
         ("step", ("ZeRO 0", "ZeRO 3")),

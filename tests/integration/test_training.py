@@ -44,6 +44,7 @@ class Stopped(Trainer):
 
     def _save(self) -> None:
         super()._save()
+        self.saver.finish()
         raise KeyboardInterrupt
 
 

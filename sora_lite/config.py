@@ -44,11 +44,39 @@ class TimestepSampling(Enum):
     uniform = "uniform"
 
 
+class DiffusionObjective(Enum):
+    """What the model predicts: noise - data on the straight path, the noise, or v = alpha noise - sigma data."""
+
+    rectified_flow = "rectified_flow"
+    epsilon = "epsilon"
+    velocity = "velocity"
+
+
+class NoiseSchedule(Enum):
+    """Schedule of 1,000 steps for the objectives epsilon and velocity."""
+
+    linear = "linear"
+    cosine = "cosine"
+
+
+class ShiftBy(Enum):
+    """How the time shift of rectified flow depends on the number of tokens: not, with its square root (Stable
+    Diffusion 3), or exponentially (FLUX.1)."""
+
+    fixed = "fixed"
+    sqrt = "sqrt"
+    exponential = "exponential"
+
+
 class Sampler(Enum):
-    """ODE solver that turns noise into a generation."""
+    """How noise becomes a generation. Euler, Heun, DPM-Solver++(2M) and DDIM serve every objective, DDPM those with a
+    noise schedule."""
 
     euler = "euler"
     heun = "heun"
+    dpmpp_2m = "dpmpp_2m"
+    ddim = "ddim"
+    ddpm = "ddpm"
 
 
 class SpikeAction(Enum):
@@ -500,12 +528,27 @@ class DiTConfig:
 
 @dataclass(kw_only=True, slots=True)
 class DiffusionConfig:
-    """Rectified flow: how training draws times and drops conditions."""
+    """What the model learns to predict, how training draws times, and how often it drops conditions."""
 
+    objective: DiffusionObjective = DiffusionObjective.rectified_flow
+    """What the model predicts."""
     timesteps: TimestepSampling = TimestepSampling.logit_normal
-    """Density of the training times."""
+    """Density of the training times; `uniform` for objectives with a noise schedule."""
+    noise_schedule: NoiseSchedule = NoiseSchedule.linear
+    """Noise schedule of epsilon and velocity; rectified flow has none."""
+    zero_terminal_snr: bool = False
+    """Rescale the noise schedule so that its last step is pure noise; with velocity alone."""
+    vlb_weight: float = 0.001
+    """Weight of the variational bound, summed over its 1,000 terms, for a model that learns its variance."""
     shift: float = 1.0
-    """Time shift alpha of t' = alpha t / (1 + (alpha-1) t); above 1 favours noise (many tokens)."""
+    """Time shift alpha of t' = alpha t / (1 + (alpha-1) t), for rectified flow; above 1 favours noise (many tokens)."""
+    shift_by: ShiftBy = ShiftBy.fixed
+    """How the shift depends on the tokens of a clip: fixed; sqrt: shift * sqrt(tokens / shift_tokens); exponential:
+    shift * exp(shift_slope * (tokens - shift_tokens))."""
+    shift_tokens: int = 256
+    """Number of tokens at which the shift is `shift`."""
+    shift_slope: float = 0.65 / 3840
+    """Growth of the shift's logarithm per token, for `exponential`; by default that of FLUX.1."""
     condition_dropout: float = 0.1
     """Probability that all conditions are dropped together, for classifier-free guidance."""
 
@@ -597,15 +640,23 @@ class SamplingConfig:
     """How clips are drawn from a model."""
 
     sampler: Sampler = Sampler.euler
-    """ODE solver."""
+    """How noise becomes a generation."""
     steps: int = 25
-    """Solver steps; Heun calls the model twice in each."""
+    """Steps of the sampler; Heun calls the model twice in each."""
+    eta: float = 0.0
+    """Noise that DDIM adds in each step: 0 for none, 1 for as much as DDPM."""
     guidance: float = 3.0
     """Classifier-free guidance scale; 1 is no guidance."""
+    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    """Times [least, greatest] at which the guidance holds; at others it is 1."""
+    guidance_rescale: float = 0.0
+    """How far, from 0 to 1, a guided prediction's spread is brought back to the unguided one's."""
+    guidance_channels: int | None = None
+    """Guide only the first so many latent channels, as the published DiT does 3 of 4; null guides all."""
     shift: float | None = None
-    """Time shift of the solver's grid; null takes that of training."""
+    """Time shift of rectified flow's sampling; null takes that of training."""
     seed: int = 0
-    """Seed of the initial noise; generation i uses its own draw, whatever the batch."""
+    """Seed of all noise; generation i uses its own draws, whatever the batch."""
     batch: int = 50
     """Generations made at a time; fewer where memory is short."""
 
@@ -634,6 +685,8 @@ class GenerateConfig:
     """Texts; for a model without text leave it empty and give labels."""
     labels: list[int] = field(default_factory=list)
     """Class labels, one per prompt, or alone; empty for none."""
+    negative_prompt: str = ""
+    """What shall not be seen: guidance leads away from this text instead of from none."""
     condition: ConditionConfig = field(default_factory=ConditionConfig)
     """Frames that generations have to keep; then prompts and labels may be left out."""
     count: int = 1
@@ -810,14 +863,13 @@ def check(config: object) -> None:
     if isinstance(config, TrainConfig | InspectConfig):
         _check_dit(config.model)
     if isinstance(config, TrainConfig):
-        diffusion = config.diffusion
-        _require(diffusion.shift > 0, "diffusion.shift", f"must be above 0, not {diffusion.shift}")
-        dropout = diffusion.condition_dropout
-        _require(0 <= dropout < 1, "diffusion.condition_dropout", f"must lie in [0, 1), not {dropout}")
+        _check_diffusion(config.diffusion, config.model.learn_variance)
+        _check_frames(config)
     if isinstance(config, DataPreviewConfig):
         for key, least in (("start", 0), ("clips", 1), ("steps", 1), ("world_size", 1), ("accumulation", 1)):
             _require(getattr(config.preview, key) >= least, f"preview.{key}", f"must be at least {least}")
-        _check_frames(config)
+    if isinstance(config, GenerateConfig | EvaluateConfig):
+        _check_sampling(config.sampling)
     if isinstance(config, EvaluateConfig):
         _require(FrameMode.random not in config.frames, "frames", "random is for training; take before or first_last")
     if isinstance(config, TrainVAEConfig):
@@ -940,6 +992,72 @@ def _check_dit(model: DiTConfig) -> None:
     _require(
         model.time_frequencies in (127, 128), "model.time_frequencies", f"is 127 or 128, not {model.time_frequencies}"
     )
+
+
+def _check_diffusion(diffusion: DiffusionConfig, learn_variance: bool) -> None:
+    name, straight = diffusion.objective.name, diffusion.objective is DiffusionObjective.rectified_flow
+    dropout = diffusion.condition_dropout
+    _require(0 <= dropout < 1, "diffusion.condition_dropout", f"must lie in [0, 1), not {dropout}")
+    for key in ("shift", "shift_tokens"):
+        value = getattr(diffusion, key)
+        _require(value > 0, f"diffusion.{key}", f"must be above 0, not {value}")
+    _require(diffusion.vlb_weight >= 0, "diffusion.vlb_weight", f"must be at least 0, not {diffusion.vlb_weight}")
+    _require(
+        not learn_variance or not straight,
+        "model.learn_variance",
+        "needs a noise schedule, and rectified_flow has none; take diffusion=ddpm, or model.learn_variance=false",
+    )
+    _require(
+        not learn_variance or diffusion.vlb_weight > 0,
+        "diffusion.vlb_weight",
+        "0 would leave the variance of model.learn_variance untrained; take 0.001",
+    )
+    if straight:
+        _require(
+            not diffusion.zero_terminal_snr,
+            "diffusion.zero_terminal_snr",
+            "is for the objective velocity; rectified_flow ends in pure noise as it is",
+        )
+        return
+    _require(
+        diffusion.timesteps is TimestepSampling.uniform,
+        "diffusion.timesteps",
+        f"{diffusion.timesteps.name} is for rectified_flow; {name} draws its 1,000 steps alike: take uniform",
+    )
+    _require(
+        diffusion.shift == 1 and diffusion.shift_by is ShiftBy.fixed,
+        "diffusion.shift",
+        f"moves the times of rectified_flow; {name} has a noise schedule instead: leave shift=1 and shift_by=fixed",
+    )
+    _require(
+        not diffusion.zero_terminal_snr or diffusion.objective is DiffusionObjective.velocity,
+        "diffusion.zero_terminal_snr",
+        "needs the objective velocity: from pure noise epsilon says nothing about the data",
+    )
+
+
+def _check_sampling(sampling: SamplingConfig) -> None:
+    for key in ("steps", "batch"):
+        _require(getattr(sampling, key) >= 1, f"sampling.{key}", f"must be at least 1, not {getattr(sampling, key)}")
+    _require(0 <= sampling.eta <= 1, "sampling.eta", f"must lie in [0, 1], not {sampling.eta}")
+    _require(
+        sampling.eta == 0 or sampling.sampler is Sampler.ddim,
+        "sampling.eta",
+        f"is for the sampler ddim; {sampling.sampler.name} adds "
+        + ("the noise of its own variance" if sampling.sampler is Sampler.ddpm else "no noise"),
+    )
+    interval = sampling.guidance_interval
+    _require(
+        len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1,
+        "sampling.guidance_interval",
+        f"must be [least, greatest] time in [0, 1], not {interval}",
+    )
+    rescale, channels, shift = sampling.guidance_rescale, sampling.guidance_channels, sampling.shift
+    _require(0 <= rescale <= 1, "sampling.guidance_rescale", f"must lie in [0, 1], not {rescale}")
+    _require(
+        channels is None or channels >= 1, "sampling.guidance_channels", f"must be at least 1, or null, not {channels}"
+    )
+    _require(shift is None or shift > 0, "sampling.shift", f"must be above 0, or null, not {shift}")
 
 
 def _check_frames(config: TrainConfig) -> None:

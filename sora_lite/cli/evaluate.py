@@ -4,6 +4,7 @@ import itertools
 import json
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import torch
 from tqdm import tqdm
 
 from sora_lite.cli.evaluate_frames import evaluate_frames
-from sora_lite.config import EvaluateConfig, SamplingConfig
+from sora_lite.config import EvaluateConfig
 from sora_lite.data.index import Index
 from sora_lite.data.loader import ClipReader
+from sora_lite.diffusion.process import Process
 from sora_lite.errors import UserError
 from sora_lite.evaluation.judge import Judge, accuracy, nearest_distances, psnr_db, train_judge
 from sora_lite.generation.export import Contract, load_dit
@@ -86,7 +88,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         )
     figures |= _reconstructions(vae, held_out, judges, classes, config.clips)
 
-    pipeline = Pipeline(dit, vae, contract.shift, local_device())
+    pipeline = Pipeline(dit, vae, Process(**contract.diffusion), local_device())
     if config.frames:
         few = slice(0, config.count)
         known = {name: (judges[name], held_out.targets(name, classes[name])[few]) for name in config.attributes}
@@ -98,15 +100,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     requests, wanted = _spread(held_out, config.attributes, config.count)
     clip = (contract.clip[0], contract.clip[1], contract.clip[2])
     for prefix, guidance in (("", config.sampling.guidance), ("unguided_", 1.0)):
-        sampling = SamplingConfig(
-            sampler=config.sampling.sampler,
-            steps=config.sampling.steps,
-            guidance=guidance,
-            shift=config.sampling.shift,
-            seed=config.sampling.seed,
-            batch=config.sampling.batch,
-        )
-        made = pipeline.generate(requests, clip=clip, sampling=sampling)
+        made = pipeline.generate(requests, clip=clip, sampling=replace(config.sampling, guidance=guidance))
         clips = np.stack(_progress(made, len(requests), f"generating, guidance {guidance:g}"))
         for name in config.attributes:
             targets = np.array([classes[name].index(values[name]) for values in wanted])

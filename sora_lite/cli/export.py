@@ -63,7 +63,7 @@ def export(run: Path, out: Path | None, weights: str) -> Path:
         contract |= {
             "architecture": objective["model"],
             "vae_fingerprint": objective["vae_fingerprint"],
-            "shift": extra["facts"]["config"]["diffusion"]["shift"],
+            "diffusion": objective["diffusion"],
         }
     exports.write(out, exports.Contract(**contract), tensors)
     return out

@@ -11,6 +11,7 @@ from sora_lite.data.index import Index
 from sora_lite.data.loader import ClipReader
 from sora_lite.data.shards import Manifest
 from sora_lite.data.video import write_mp4
+from sora_lite.diffusion.process import Process
 from sora_lite.errors import UserError
 from sora_lite.evaluation.page import PageClip, contact_sheet, loss_plot, write_page
 from sora_lite.evaluation.record import RECORD
@@ -34,7 +35,7 @@ def main(config: GenerateConfig) -> None:
     prompts = config.prompts if config.prompts or config.labels or not conditioned else [""]
     requests = make_requests(prompts, config.labels, config.count)
     dit, vae, contract = load_dit(Path(config.model_from))
-    pipeline = Pipeline(dit, vae, contract.shift, local_device())
+    pipeline = Pipeline(dit, vae, Process(**contract.diffusion), local_device())
     clip = clip_size(config, contract)
     try:
         token_grid(vae.latent_shape(*clip)[1:], dit.patch)
@@ -44,7 +45,9 @@ def main(config: GenerateConfig) -> None:
     trained = token_grid(vae.latent_shape(frames, height, width)[1:], dit.patch)
     dit.scaling = scaling(config.position_scaling, trained, dit)
     given = read_given(config.condition, clip, vae.time_factor, len(requests)) if conditioned else None
-    generations = pipeline.generate(requests, clip=clip, sampling=config.sampling, given=given)
+    generations = pipeline.generate(
+        requests, clip=clip, sampling=config.sampling, negative_prompt=config.negative_prompt, given=given
+    )
     clips = [video.numpy() for video in tqdm(generations, total=len(requests), desc="generating", unit="clip")]
     out = Path(config.out)
     write(out, requests, clips, config, contract, given_frames(given.mask[0], vae.time_factor) if given else [])
@@ -66,13 +69,8 @@ def scaling(choice: PositionScaling, trained: Grid, dit: VideoDiT) -> Scaling | 
 
 def check(config: GenerateConfig) -> None:
     """Raise UserError for what would otherwise show only after the clips are made."""
-    for key, value in (
-        ("count", config.count),
-        ("sampling.steps", config.sampling.steps),
-        ("sampling.batch", config.sampling.batch),
-    ):
-        if value < 1:
-            raise UserError(f"{key}: must be at least 1, not {value}")
+    if config.count < 1:
+        raise UserError(f"count: must be at least 1, not {config.count}")
     if config.fps is not None and config.fps <= 0:
         raise UserError(f"fps: must be above 0, not {config.fps:g}")
     if config.shards:

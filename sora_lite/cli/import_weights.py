@@ -59,4 +59,4 @@ def read_paper(path: Path, heads: int | None) -> tuple[exports.Contract, dict[st
         cure = "; set heads" if "heads" in str(error) else ""
         raise UserError(f"{path}: {error}{cure}") from error
     side = round(table.shape[1] ** 0.5) * architecture["patch"][1] * 8  # pixels; the paper's VAE has cells of 8
-    return imported(path, architecture, [1, side, side]), weights
+    return imported(path, "paper", architecture, [1, side, side]), weights

@@ -9,7 +9,7 @@ EXPORT/
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sora_lite.diffusion.process import Process
 from sora_lite.errors import UserError
 from sora_lite.models.dit import VideoDiT
 from sora_lite.models.vae import CausalVAE
@@ -32,8 +33,8 @@ class Contract:
 
     architecture: keyword arguments of `CausalVAE` or `VideoDiT`. clip: (T, H, W) in frames and pixels, and fps
     (0: each clip's own rate), of the first bucket that it was trained on. vae_fingerprint: of the VAE itself, or of the
-    one that a DiT was trained against; None where that is not of this project (`sora-lite import`). shift: time shift
-    of training (DiT).
+    one that a DiT was trained against; None where that is not of this project (`sora-lite import`). diffusion: keyword
+    arguments of `Process` (DiT).
     """
 
     kind: Literal["vae", "dit"]
@@ -44,7 +45,7 @@ class Contract:
     clip: list[int]
     fps: float
     vae_fingerprint: str | None
-    shift: float = 1.0
+    diffusion: dict[str, Any] = field(default_factory=dict)
     sha256: str = ""
     format: int = FORMAT
 
@@ -77,6 +78,7 @@ def read_contract(folder: Path, kind: str) -> tuple[Path, Contract]:
     try:
         values = json.loads(path.read_text())
         contract = Contract(**values)
+        Process(**contract.diffusion)
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: is no contract of an export ({error}); export the run again") from error
     if contract.format != FORMAT:

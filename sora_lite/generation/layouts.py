@@ -42,14 +42,16 @@ def read_folder(folder: Path) -> tuple[Contract, dict[str, Tensor]]:
         weights = to_ours(ENTRIES[layout](architecture), _read_weights(folder))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: {error}") from error
-    return imported(folder, architecture, _clip(layout, config)), weights
+    return imported(folder, layout, architecture, _clip(layout, config)), weights
 
 
-def imported(source: Path, architecture: dict[str, Any], clip: list[int]) -> Contract:
+def imported(source: Path, layout: str, architecture: dict[str, Any], clip: list[int]) -> Contract:
     """The contract of weights that others trained. clip: (T, H, W) in frames and pixels that they trained on."""
+    # Wan's own default for sampling; the others predict noise on 1,000 steps.
+    process = {"objective": "rectified_flow", "shift": 5.0} if layout == "wan" else {"objective": "epsilon"}
     return Contract(
         kind="dit", architecture=architecture, run=source.name, step=0, weights="imported", clip=clip, fps=0.0,
-        vae_fingerprint=None,
+        vae_fingerprint=None, diffusion=process,
     )  # fmt: skip
 
 

@@ -3,25 +3,49 @@
 Shapes: B generations, C latent channels, T H W frames and pixels, t h w latent frames and cells.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from enum import Enum
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from sora_lite.config import Sampler, SamplingConfig
+from sora_lite.config import DiffusionConfig, Sampler, SamplingConfig
 from sora_lite.data.order import hash_seed
 from sora_lite.diffusion.guidance import guided
-from sora_lite.diffusion.sampler import sample_euler, sample_heun
-from sora_lite.diffusion.timesteps import sampling_grid
+from sora_lite.diffusion.process import Process
+from sora_lite.diffusion.sampler import SAMPLERS
 from sora_lite.errors import UserError
 from sora_lite.generation.frames import Given, decode_with_given, encode_given
 from sora_lite.models.conditions import Conditions
 from sora_lite.models.dit import VideoDiT
+from sora_lite.models.patch import token_grid
 from sora_lite.models.text import ByteTextEncoder, tokenize
 from sora_lite.models.vae import CausalVAE
 
-SAMPLERS = {Sampler.euler: sample_euler, Sampler.heun: sample_heun}
+
+def make_process(diffusion: DiffusionConfig) -> Process:
+    """The diffusion process that a configuration describes."""
+    values = {field.name: getattr(diffusion, field.name) for field in fields(Process)}
+    return Process(**{name: value.value if isinstance(value, Enum) else value for name, value in values.items()})
+
+
+def check_sampling(sampling: SamplingConfig, process: Process, channels: int) -> None:
+    """Raise UserError for settings that do not go with a model of this process and so many latent channels."""
+    name, objective = sampling.sampler.name, process.objective
+    if reason := SAMPLERS[name].refuses.get(objective):
+        raise UserError(f"sampling.sampler: {name} does not serve {objective}: {reason}")
+    if not process.straight and sampling.shift is not None:
+        raise UserError(f"sampling.shift: is for rectified_flow; the model was trained on {objective}: leave it null")
+    if not process.straight and sampling.steps > process.sampled_steps():
+        most = process.sampled_steps()
+        raise UserError(f"sampling.steps: {objective} has {most} steps to sample, not {sampling.steps}; take fewer")
+    if (sampling.guidance_channels or 0) > channels:
+        raise UserError(
+            f"sampling.guidance_channels: the latent has {channels}, not {sampling.guidance_channels}; take fewer"
+        )
 
 
 def seeded_normal(shape: Sequence[int], seeds: Sequence[int], device: torch.device) -> Tensor:
@@ -84,7 +108,9 @@ def sample_latents(
     num_classes: int,
     max_bytes: int | None,
     sampling: SamplingConfig,
-    shift: float,
+    process: Process,
+    tokens: int,
+    negative_prompt: str = "",
     seeds: Sequence[int],
     device: torch.device,
     given: tuple[Tensor, Tensor] | None = None,
@@ -94,18 +120,35 @@ def sample_latents(
     Args:
         model: `VideoDiT`, or an engine around one.
         shape: latent shape (C, t, h, w).
-        shift: time shift of training, used where `sampling` names none.
+        process: of training; its shift is used where `sampling` names none. tokens: of a clip.
+        negative_prompt: what guidance leads away from.
         given: `frames` and `frame_mask` of `Conditions`. Guidance leads to the words, so both sides of it see these.
     """
+    check_sampling(sampling, process, shape[0])
     asked, null = (
         conditions(some, num_classes=num_classes, max_bytes=max_bytes, device=device)
-        for some in (requests, [Request()] * len(requests))
+        for some in (requests, [Request(prompt=negative_prompt)] * len(requests))
     )
     if given is not None:
         asked, null = (replace(one, frames=given[0], frame_mask=given[1]) for one in (asked, null))
-    velocity = guided(model, sampling.guidance, asked, null)
-    noise = seeded_normal(shape, seeds, device)
-    return SAMPLERS[sampling.sampler](velocity, noise, sampling_grid(sampling.steps, sampling.shift or shift))
+    output = guided(
+        model,
+        asked,
+        null,
+        scale=sampling.guidance,
+        interval=(sampling.guidance_interval[0], sampling.guidance_interval[1]),
+        rescale=sampling.guidance_rescale,
+        channels=sampling.guidance_channels,
+    )
+
+    def noise(step: int) -> Tensor:
+        return seeded_normal(shape, [hash_seed(seed, "sampler", step) for seed in seeds], device)
+
+    sample = SAMPLERS[sampling.sampler.name].sample
+    if sampling.sampler is Sampler.ddim:
+        sample = partial(sample, eta=sampling.eta)
+    grid = process.grid(sampling.steps, sampling.shift or process.shift_at(tokens))
+    return sample(process.denoiser(output), seeded_normal(shape, seeds, device), grid, noise)
 
 
 class Pipeline:
@@ -113,11 +156,11 @@ class Pipeline:
 
     Args:
         dit, vae: in eval mode; moved to the device.
-        shift: time shift of training.
+        process: that the DiT was trained on.
     """
 
-    def __init__(self, dit: VideoDiT, vae: CausalVAE, shift: float, device: torch.device) -> None:
-        self.dit, self.vae, self.shift, self.device = dit.to(device), vae.to(device), shift, device
+    def __init__(self, dit: VideoDiT, vae: CausalVAE, process: Process, device: torch.device) -> None:
+        self.dit, self.vae, self.process, self.device = dit.to(device), vae.to(device), process, device
 
     @torch.no_grad()
     def generate(
@@ -126,19 +169,28 @@ class Pipeline:
         *,
         clip: tuple[int, int, int],
         sampling: SamplingConfig,
+        negative_prompt: str = "",
         given: Given | None = None,
     ) -> Iterator[Tensor]:
         """Yield one uint8 clip T H W 3 per request, batch by batch.
 
         Generation i has its own noise from (sampling.seed, i), so it does not depend on the batch.
-        clip: (T, H, W) in frames and pixels. given: frames to keep, a row for each request.
+        clip: (T, H, W) in frames and pixels. negative_prompt: what guidance leads away from. given: frames to
+        keep, a row for each request.
+
+        Raises:
+            UserError: the model cannot take a request, the size or the sampling.
         """
         if given is not None and self.dit.embed_frames is None:
             raise UserError("condition: this model reads no frames; train one with model.frame_conditions=true")
         max_bytes = self.dit.text.max_bytes if isinstance(self.dit.text, ByteTextEncoder) else None
         check_requests(requests, num_classes=self.dit.num_classes, has_text=max_bytes is not None)
+        if negative_prompt and (max_bytes is None or sampling.guidance == 1):
+            why = "the model reads no text" if max_bytes is None else "sampling.guidance=1 leads away from nothing"
+            raise UserError(f"negative_prompt: {negative_prompt!r} was given, but {why}; leave it out")
         try:
             shape = self.vae.latent_shape(*clip)
+            tokens = math.prod(token_grid((shape[1], shape[2], shape[3]), self.dit.patch))
         except ValueError as error:
             raise UserError(f"frames, resolution: {error}") from error
         for start in range(0, len(requests), sampling.batch):
@@ -155,7 +207,9 @@ class Pipeline:
                 num_classes=self.dit.num_classes,
                 max_bytes=max_bytes,
                 sampling=sampling,
-                shift=self.shift,
+                process=self.process,
+                tokens=tokens,
+                negative_prompt=negative_prompt,
                 seeds=seeds,
                 device=self.device,
                 given=frames,

@@ -1,4 +1,4 @@
-"""Training the DiT: rectified flow on the latents of a frozen VAE.
+"""Training the DiT on the latents of a frozen VAE.
 
 Shapes: B batch, C latent channels, T H W frames and pixels, t h w latent frames and cells.
 """
@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sora_lite.config import DiffusionConfig, DiTConfig, FrameRule, SamplingConfig, TimestepSampling
+from sora_lite.config import DiffusionConfig, DiTConfig, FrameRule, SamplingConfig
 from sora_lite.data.loader import Clip, ClipBatch
 from sora_lite.data.order import hash_seed
-from sora_lite.diffusion import timesteps
-from sora_lite.diffusion.loss import mse_per_sample
-from sora_lite.diffusion.path import rectified_flow
+from sora_lite.diffusion.path import PathSample
+from sora_lite.diffusion.schedule import STEPS
 from sora_lite.evaluation.page import contact_sheet
 from sora_lite.generation.frames import draw_given, encode_given
 from sora_lite.generation.pipeline import (
@@ -26,6 +25,7 @@ from sora_lite.generation.pipeline import (
     check_requests,
     clips_at_once,
     conditions,
+    make_process,
     sample_latents,
     seeded_normal,
     to_float,
@@ -44,11 +44,10 @@ TIME_BINS = 5
 """The record shows the loss by bins of the time t, each of width 1 / TIME_BINS."""
 VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 SAMPLES_SHOWN = 8
-DENSITIES = {TimestepSampling.logit_normal: timesteps.logit_normal, TimestepSampling.uniform: timesteps.uniform}
 
 
 class DiTObjective:
-    """Velocity prediction with labels and text, each dropped at random for classifier-free guidance.
+    """Prediction of the configured target with labels and text, each dropped at random for classifier-free guidance.
 
     Args:
         model, diffusion: as configured.
@@ -71,6 +70,7 @@ class DiTObjective:
         rank: Rank,
     ) -> None:
         self.config, self.diffusion, self.seed, self.rank = model, diffusion, seed, rank
+        self.process = make_process(diffusion)
         self.frames = frames
         self.vae = vae.to(rank.device)
         self.fingerprint = vae.fingerprint()
@@ -104,10 +104,17 @@ class DiTObjective:
     def _seed(self, batch: ClipBatch, purpose: str) -> list[int]:
         return [hash_seed(self.seed, batch.step, int(position), purpose) for position in batch.positions]
 
-    def times(self, seeds: list[int]) -> Tensor:
-        """Training times in [0, 1], one per seed."""
+    def times(self, seeds: list[int], tokens: int) -> Tensor:
+        """Training times in [0, 1], one per seed, for clips of so many tokens."""
         normal = seeded_normal((), seeds, self.rank.device)
-        return timesteps.shift(DENSITIES[self.diffusion.timesteps](normal), self.diffusion.shift)
+        return self.process.times(normal, self.diffusion.timesteps.name, tokens)
+
+    def losses(self, output: Tensor, data: Tensor, point: PathSample, time: Tensor) -> dict[str, Tensor]:
+        """`loss` of each sample, and its parts `mse` and `vlb` (in bits) where the variance is learned. Each B."""
+        error, bound = self.process.losses(output, data, point, time)
+        if bound is None:
+            return {"loss": error}
+        return {"loss": error + self.diffusion.vlb_weight * STEPS * bound, "mse": error, "vlb": bound}
 
     def dropped(self, requests: list[Request], seeds: list[int]) -> list[Request]:
         """Requests with each condition left out at random."""
@@ -153,8 +160,9 @@ class DiTObjective:
     def loss(self, engine: Engine, batch: ClipBatch) -> Loss:
         data = self._latents(batch.video, self._seed(batch, "posterior"))  # B C t h w
         noise = seeded_normal(data.shape[1:], self._seed(batch, "noise"), self.rank.device)
-        time = self.times(self._seed(batch, "time"))  # B
-        point = rectified_flow(data, noise, time)
+        size = batch.video.shape
+        time = self.times(self._seed(batch, "time"), self.tokens(size[2], size[3], size[4]))  # B
+        point = self.process.point(data, noise, time)
         requests = [
             Request(
                 prompt=caption if self.max_bytes is not None else "", label=label if self.config.num_classes else -1
@@ -165,9 +173,12 @@ class DiTObjective:
         conditions = self._conditions(self.dropped(requests, self._seed(batch, "dropout")))
         conditions = self._with_frames(conditions, batch.video, self._seed(batch, "frames"))
         prediction = self._predict(engine, point.x_t, time, conditions)
-        each = mse_per_sample(prediction, point.target)  # B
+        losses = self.losses(prediction, data, point, time)
+        each = losses.pop("loss")  # B
         bins = (time * TIME_BINS).long().clamp_max(TIME_BINS - 1)
-        parts: dict[str, tuple[Tensor, float | Tensor]] = {}
+        parts: dict[str, tuple[Tensor, float | Tensor]] = {
+            name: (one.detach().mean(), float(len(one))) for name, one in losses.items()
+        }
         for number in range(TIME_BINS):
             inside = (bins == number).float()
             mean = (each.detach() * inside).sum() / inside.sum()
@@ -186,12 +197,13 @@ class DiTObjective:
                 noise = seeded_normal(
                     data.shape[1:], [hash_seed("validation", int(p), "noise", str(time)) for p in places], data.device
                 )
-                t = torch.full((len(data),), time, device=data.device)
-                point = rectified_flow(data, noise, t)
-                each = mse_per_sample(self._predict(engine, point.x_t, t, conditions), point.target)
-                for value, weight in zip(each.tolist(), weights, strict=True):
-                    means.add("val_loss", value, weight)
-                    means.add(f"val_loss_t{time}", value, weight)
+                t = self.process.time(time, data)
+                point = self.process.point(data, noise, t)
+                losses = self.losses(self._predict(engine, point.x_t, t, conditions), data, point, t)
+                losses[f"loss_t{time}"] = losses["loss"]
+                for name, each in losses.items():
+                    for value, weight in zip(each.tolist(), weights, strict=True):
+                        means.add(f"val_{name}", value, weight)
         return means.read()
 
     def _request(self, clip: Clip) -> Request:
@@ -212,7 +224,8 @@ class DiTObjective:
             num_classes=self.config.num_classes,
             max_bytes=self.max_bytes,
             sampling=SamplingConfig(),
-            shift=self.diffusion.shift,
+            process=self.process,
+            tokens=self.tokens(*held_out.shape),
             seeds=[hash_seed("sample", i) for i in range(len(requests))],
             device=self.rank.device,
         )
@@ -231,7 +244,11 @@ class DiTObjective:
         return {f"vae.{name}": tensor for name, tensor in self.vae.state_dict().items()}
 
     def state(self) -> dict[str, Any]:
-        return {"model": self.architecture, "vae_fingerprint": self.fingerprint}
+        return {
+            "model": self.architecture,
+            "vae_fingerprint": self.fingerprint,
+            "diffusion": asdict(self.process),
+        }
 
     def inputs(self) -> dict[str, str]:
         return {"vae_from": self.fingerprint}

@@ -16,6 +16,7 @@ from sora_lite.config import SamplingConfig
 from sora_lite.data.index import Index
 from sora_lite.data.loader import ClipReader
 from sora_lite.data.video import encode_mp4
+from sora_lite.diffusion.process import Process
 from sora_lite.evaluation.record import RECORD, read_record
 from sora_lite.generation import export
 from sora_lite.generation.pipeline import Pipeline, Request, to_float, to_uint8
@@ -124,7 +125,7 @@ def test_the_loss_falls_below_a_twentieth(learned: Learned) -> None:
 def test_generations_are_the_clips_that_were_asked_for(learned: Learned) -> None:
     dit, vae, contract = export.load_dit(learned.run)
     known = vae.normalize(vae.encode(learned.video).mean)  # 4 C t h w
-    pipeline = Pipeline(dit, vae, contract.shift, torch.device("cpu"))
+    pipeline = Pipeline(dit, vae, Process(**contract.diffusion), torch.device("cpu"))
     draws = 3
     requests = [Request(label=label) for label in learned.labels for _ in range(draws)]
     generated = list(pipeline.generate(requests, clip=SHAPE, sampling=SamplingConfig(guidance=1.0)))

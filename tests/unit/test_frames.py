@@ -8,6 +8,7 @@ import torch
 
 from sora_lite.config import ConditionConfig, FrameMode, FrameRule, SamplingConfig
 from sora_lite.data.video import encode_mp4, encode_png
+from sora_lite.diffusion.process import Process
 from sora_lite.errors import UserError
 from sora_lite.evaluation.page import contact_sheet
 from sora_lite.generation.frames import (
@@ -127,7 +128,7 @@ def test_a_model_of_text_goes_on_unharmed(vae: CausalVAE) -> None:
     requests, sampling = [Request(label=1)] * 2, SamplingConfig(steps=2, batch=1)
 
     def generate(model: VideoDiT, **more: Given) -> torch.Tensor:
-        pipeline = Pipeline(model, vae, 1.0, torch.device("cpu"))
+        pipeline = Pipeline(model, vae, Process(), torch.device("cpu"))
         return torch.stack(list(pipeline.generate(requests, clip=(17, 16, 16), sampling=sampling, **more)))
 
     assert torch.equal(generate(plain), generate(able))

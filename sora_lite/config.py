@@ -292,6 +292,8 @@ class SetRule:
 
     shards: str = MISSING
     """Folder of shards with a manifest.json, as `sora-data run` writes it."""
+    latents: str | None = None
+    """Its latents, as `sora-data encode` writes them."""
     weight: float | None = None
     """How often its samples come, against the weights of the others; null, for all, goes by the number of samples."""
 
@@ -304,6 +306,8 @@ class DataConfig:
     """Folder of shards with a manifest.json, as `sora-data run` writes it; or give `data.sets`."""
     sets: list[SetRule] = field(default_factory=list)
     """Several data sets that are mixed, instead of `data.shards`."""
+    latents: str | None = None
+    """Latents of `data.shards` (each of a clip's beginning), as `sora-data encode` writes them. Others are decoded."""
     image_ratio: float | None = None
     """Part of the samples that are stills (buckets of 1 frame), in (0, 1); null: as they come. Weights hold in both."""
     cache: str | None = None
@@ -337,6 +341,16 @@ class DataConfig:
     def folders(self) -> list[str]:
         """Folders of shards, one for each data set."""
         return [self.shards] if self.shards is not None else [one.shards for one in self.sets]
+
+    @property
+    def latent_folders(self) -> list[str | None]:
+        """Folders of latents, one for each data set; None where there are none."""
+        return [self.latents] if self.shards is not None else [one.latents for one in self.sets]
+
+    @property
+    def latents_key(self) -> str:
+        """The key under which latents are given."""
+        return "data.latents" if self.shards is not None else "data.sets.latents"
 
     def key_of(self, data_set: int) -> str:
         """The key under which the folder of a data set is given."""
@@ -873,6 +887,7 @@ def check(config: object) -> None:
     if isinstance(config, EvaluateConfig):
         _require(FrameMode.random not in config.frames, "frames", "random is for training; take before or first_last")
     if isinstance(config, TrainVAEConfig):
+        _require(not any(config.data.latent_folders), "data.latents", "a VAE is trained on video; leave them out")
         _check_vae(config.vae, config.data.buckets)
 
 
@@ -934,6 +949,16 @@ def _check_sets(data: DataConfig) -> None:
         "is given along with data.shards; leave one of them out"
         if data.sets
         else "is empty; name a folder by data.shards",
+    )
+    _require(
+        data.latents is None or data.shards is not None,
+        "data.latents",
+        "are those of data.shards; with data.sets give each row its own latents",
+    )
+    _require(
+        not data.flip or not any(data.latent_folders),
+        "data.flip",
+        "latents are of clips as they are; set data.flip=false, or leave the latents out",
     )
     for i, row in enumerate(data.sets):
         key, weight = f"data.sets[{i}].weight", row.weight
@@ -1064,6 +1089,11 @@ def _check_frames(config: TrainConfig) -> None:
     given, reads = any(rule.mode is not FrameMode.none for rule in config.frames), config.model.frame_conditions
     _require(
         reads or not given, "model.frame_conditions", "is false, but frames has rows that give frames; set it to true"
+    )
+    _require(
+        not given or not any(config.data.latent_folders),
+        "frames",
+        "given frames are encoded alone, out of video; leave out the latents, or the frames",
     )
     _require(given or not reads, "frames", "has no row that gives frames; add one, or model.frame_conditions=false")
     for i, rule in enumerate(config.frames):

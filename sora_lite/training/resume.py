@@ -56,6 +56,8 @@ RULES: dict[str, tuple[Rule, str]] = {
     "guard": (_FREE, "people change it when a run meets bad numbers"),
     "data.shards": (_CONTENT, "compared by the shards' checksums"),
     "data.sets.shards": (_CONTENT, "compared by the shards' checksums"),
+    "data.latents": (_CONTENT, "compared by the shards' checksums"),
+    "data.sets.latents": (_CONTENT, "compared by the shards' checksums"),
     "data.sets.weight": (_KEPT, "decides the order"),
     "data.image_ratio": (_KEPT, "decides the order"),
     "data.cache": (_FREE, "follows from the shards"),

@@ -27,6 +27,7 @@ from sora_lite.config import BaseTrainConfig, BatchBy, DataConfig, OnDamage, Spi
 from sora_lite.data.buckets import Budget, Row, rows_from
 from sora_lite.data.compiled import open_buckets, open_index
 from sora_lite.data.index import Index
+from sora_lite.data.joined import Joined, open_join
 from sora_lite.data.loader import BadSample, ClipBatch, ClipLoader
 from sora_lite.errors import Interrupted, UserError
 from sora_lite.parallel.apply import apply_activation_checkpointing
@@ -113,18 +114,34 @@ class Trainer:
         self.folder = Path(config.run.root) / config.run.name
         index = load_split(config.data, "train", rank)
         rank.main_first(lambda: open_buckets(index, make_rows(config.data, objective)))
-        self.loader = make_loader(config, index, objective, rank)
+        latents = load_latents(config.data, index, "train", objective, rank)
+        self.loader = make_loader(config, index, objective, rank, latents)
         plain: Any = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-        self.facts = Facts.of(plain, objective.name, objective.inputs(), index, self.loader.order)
+        inputs = objective.inputs()
+        if latents is not None:
+            inputs[config.data.latents_key] = latents.fingerprint()
+        self.facts = Facts.of(plain, objective.name, inputs, index, self.loader.order)
         bucket = self.loader.order.buckets[0]
         micro = bucket.batch // rank.world_size // config.parallel.accumulation
 
-        def held_out(index: Index, count: int) -> HeldOut:
-            return HeldOut(index, count=count, shape=bucket.shape, fps=bucket.fps, rank=rank, batch=micro)
+        def held_out(index: Index, count: int, latents: Joined | None) -> HeldOut:
+            return HeldOut(
+                index,
+                count=count,
+                shape=bucket.shape,
+                fps=bucket.fps,
+                rank=rank,
+                batch=micro,
+                latents=latents,
+            )
 
         validation = load_split(config.data, "validation", rank, required=False)
-        self.validation = held_out(validation, config.run.validation_samples)
-        self.statistics = held_out(index, STATISTICS_SAMPLES)
+        self.validation = held_out(
+            validation,
+            config.run.validation_samples,
+            load_latents(config.data, validation, "validation", objective, rank),
+        )
+        self.statistics = held_out(index, STATISTICS_SAMPLES, latents)
         if config.parallel.activation_checkpointing:
             apply_activation_checkpointing(objective.module)
         self.engine = Engine(
@@ -303,7 +320,9 @@ class Trainer:
                 means.add(name, value, weight)
         bad: list[BadSample] = [one for batch in batches for one in batch.bad]
         for batch in batches:
-            shape = tuple(batch.video.shape[2:])
+            shape = batch.shape
+            if self.loader.latents is not None:
+                means.add("from_latents", batch.is_latent.double().mean(), len(batch.keys))
             clips = len(batch.keys) * self.rank.world_size
             self.seen += clips
             clock.clips += clips
@@ -495,6 +514,23 @@ def load_split(data: DataConfig, split: str, rank: Rank, *, required: bool = Tru
     return index
 
 
+def load_latents(data: DataConfig, index: Index, split: str, objective: Objective, rank: Rank) -> Joined | None:
+    """The latents of an index, if there are any. All ranks call it."""
+    folders = [Path(folder) if folder else None for folder in data.latent_folders]
+    expected = {"fingerprint": objective.state().get("vae_fingerprint")}
+    return rank.main_first(
+        lambda: open_join(
+            index,
+            folders,
+            split,
+            content="latents",
+            expected=expected,
+            cache=Path(data.cache) if data.cache else None,
+            check=rank.is_main,
+        )
+    )
+
+
 def make_rows(data: DataConfig, objective: Objective) -> list[Row]:
     """The configured bucket table, with the batches that it leaves to the budget."""
     rules = [
@@ -515,7 +551,9 @@ def make_rows(data: DataConfig, objective: Objective) -> list[Row]:
     return rows_from(rules, budget)
 
 
-def make_loader(config: BaseTrainConfig, index: Index, objective: Objective, rank: Rank) -> ClipLoader:
+def make_loader(
+    config: BaseTrainConfig, index: Index, objective: Objective, rank: Rank, latents: Joined | None = None
+) -> ClipLoader:
     """The loader of the configured data for this rank."""
     data = config.data
     return ClipLoader(
@@ -533,4 +571,5 @@ def make_loader(config: BaseTrainConfig, index: Index, objective: Objective, ran
         pin=torch.device(rank.device).type == "cuda",
         weights=[row.weight for row in data.sets if row.weight is not None] or None,
         image_ratio=data.image_ratio,
+        latents=latents,
     )

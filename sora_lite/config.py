@@ -739,11 +739,25 @@ class ExportConfig:
     """`sora-lite export`: write a run's newest checkpoint as safetensors for inference."""
 
     run: str = MISSING
-    """Run folder of train or train-vae."""
+    """Run folder of train or train-vae; with layout=diffusers also an export or import."""
     out: str | None = None
-    """Folder to write; by default RUN/export."""
+    """Folder to write; by default RUN/export, or RUN/diffusers."""
     weights: str = "ema"
     """`ema` (the averaged weights) or `raw`."""
+    layout: Layout = Layout.sora_lite
+    """`diffusers` writes config.json and weights that diffusers reads; for DiT, Latte and Wan models."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ImportConfig:
+    """`sora-lite import`: weights that others published (DiT, Latte, Wan) as an export of this project."""
+
+    weights_from: str = MISSING
+    """A .pt file of the DiT paper's code, or a folder of diffusers with safetensors (a transformer, or a pipeline)."""
+    out: str = MISSING
+    """Folder to write."""
+    heads: int | None = None
+    """Attention heads of a .pt file, which does not tell them; known for the paper's sizes."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -773,11 +787,14 @@ class EvaluateConfig:
 
 @dataclass(kw_only=True, slots=True)
 class InspectConfig:
-    """`sora-lite inspect`: parameters and FLOPs of a model on the meta device, without building it."""
+    """`sora-lite inspect`: parameters, FLOPs and memory of a model on the meta device, without building it."""
 
     model: DiTConfig = field(default_factory=DiTConfig)
-    latent: list[int] = field(default_factory=lambda: [16, 5, 32, 32])
-    """Latent shape (channels, frames, height, width) for which FLOPs are counted."""
+    latent: list[int] | None = None
+    """Latent (channels, frames, height, width) of one clip; null takes [4, 1, 32, 32] (an image of 256 x 256) for
+    models with labels alone, as in the DiT paper, and [16, 5, 32, 32] for others."""
+    precision: Precision = Precision.bf16
+    """Arithmetic for which memory is told."""
     format: Format = Format.table
     """`table` or `json`."""
 
@@ -824,6 +841,7 @@ ROOTS: dict[str, type] = {
     "data_preview": DataPreviewConfig,
     "generate": GenerateConfig,
     "export": ExportConfig,
+    "import": ImportConfig,
     "evaluate": EvaluateConfig,
     "inspect": InspectConfig,
     "checkpoint": CheckpointConfig,

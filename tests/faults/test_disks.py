@@ -1,0 +1,122 @@
+"""Disks that are full, have no inodes left, or may not be written: a clear error, and the old checkpoint as it was."""
+
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import dist_model as dm
+import pytest
+from dist_ranks import run_ranks
+from saving_ranks import STOP, WARN, make, save, saver_of
+
+from sora_lite.errors import UserError
+from sora_lite.parallel.env import Rank
+from sora_lite.training import restore, store
+
+pytestmark = pytest.mark.dist
+MIB = 2**20
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 8 MiB and 64 files."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m,nr_inodes=64", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("only root may mount a small file system")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def remount(folder: Path, how: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{how}", str(folder)], check=True)
+
+
+def spoil_and_save(rank: Rank, disk: str, fault: str) -> list[str]:
+    """Save, spoil the disk, save again as an error and as a warning, mend it, save; what was said."""
+    engine, ema = make(rank)
+    dm.train_step(engine, 0, ema)
+    root, folder = Path(disk), Path(disk) / "checkpoints"
+    save(engine, ema, folder, 1)
+    said: list[str] = []
+    stopping = saver_of(engine, ema, folder, on_failure=STOP, background=True)
+    warning = saver_of(engine, ema, folder, on_failure=WARN, background=True, say=said.append)
+    dm.train_step(engine, 1, ema)
+    write = store.write_hashed
+    if fault == "full while writing":
+
+        def fill_first(path: Path, parts: object) -> dict:
+            with (root / f"filler{rank.rank}").open("wb", buffering=0) as file:
+                while True:
+                    try:
+                        file.write(bytes(4096))
+                    except OSError:
+                        return write(path, parts)  # type: ignore[arg-type]
+
+        if rank.rank == rank.world_size - 1:
+            store.write_hashed = fill_first  # type: ignore[assignment]
+    elif rank.is_main:
+        if fault == "full":
+            (root / "filler0").write_bytes(
+                bytes(8 * MIB - 64 * 1024 - sum(f.stat().st_size for f in folder.rglob("*")))
+            )
+        elif fault == "no inodes":
+            for number in range(os.statvfs(root).f_favail - 3):
+                (root / f"filler{number}").touch()
+        elif fault == "read-only":
+            remount(root, "ro")
+    rank.barrier()
+    if fault == "no permission":
+        os.seteuid(65534)
+    with pytest.raises(UserError) as stopped:
+        stopping.save(2, {})
+        stopping.finish()
+    warning.save(2, {})
+    while warning.failed == 0:
+        warning.border()
+    dm.train_step(engine, 2, ema)  # training goes on
+    with pytest.raises(UserError, match="could not be written"):
+        warning.finish()  # but it does not end as if all were well
+    if fault == "no permission":
+        os.seteuid(0)
+    named = store.latest(folder)
+    assert named is not None and named.name == "step_00000001"
+    restore.load(named, {"model": engine}, {"model": ema})
+    rank.barrier()
+    if rank.is_main:
+        if fault == "read-only":
+            remount(root, "rw")
+        for file in root.glob("filler*"):
+            file.unlink()
+    store.write_hashed = write
+    rank.barrier()
+    if rank.rank == rank.world_size - 1:
+        (root / f"filler{rank.rank}").unlink(missing_ok=True)
+    rank.barrier()
+    warning.save(3, {})
+    warning.finish()
+    assert warning.newest is not None and warning.newest.name == "step_00000003"
+    store.verify(warning.newest)
+    assert rank.gather(str(stopped.value)) == [str(stopped.value)] * rank.world_size or not rank.is_main
+    return [str(stopped.value), *said]
+
+
+FAULTS = {
+    "full": r"a checkpoint has .* must be free for it, but .* are: make room",
+    "full while writing": r"rank 1: .*No space left on device.*make room there",
+    "no inodes": r"more files: remove some|No space left",
+    "read-only": r"Read-only file system.*mount it for writing",
+    "no permission": r"Permission denied.*owner allow it",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_disk_that_fails(fault: str, disk: Path, tmp_path: Path) -> None:
+    disk.chmod(0o755)
+    told = run_ranks(2, spoil_and_save, tmp_path / "results", str(disk), fault)[0]
+    assert re.search(FAULTS[fault], told[0]), told
+    assert "could not be written" in told[0]
+    assert any("training goes on" in line for line in told[1:])

@@ -72,7 +72,8 @@ def train(config: TrainConfig | TrainVAEConfig, rank: Rank) -> None:
         )
     check_buckets(config, objective)
     folder = Path(config.run.root) / config.run.name
-    going_on = rank.gather((folder / "checkpoints").is_dir())[0]
+    # A run that was killed before its first checkpoint starts from these weights again.
+    going_on = rank.gather(any((folder / "checkpoints").glob("step_*")))[0]
     rows = None if going_on or config.init_from is None else start(config.init_from, objective)
     trainer = Trainer(config, objective, rank)
     # Only now: a command that is refused above leaves no folder, and takes no run from a job that trains.

@@ -16,13 +16,13 @@ from sora_lite.training.metrics import count_flops
 
 SHAPES = [(17, 64, 64), (33, 64, 96), (9, 48, 80), (1, 128, 128)]
 BATCH_TOKENS = 4_800
-DIT = {"channels": 16, "width": 192, "depth": 4, "heads": 4, "num_classes": 10}
+DIT = {"channels": 16, "width": 384, "depth": 3, "heads": 6, "num_classes": 10}
 VAE = {"latent_channels": 16, "patch": 4, "widths": [16, 32, 32], "strides": [[2, 2], [2, 1]]} | {
     "encoder_blocks": [0, 1, 1],
     "decoder_blocks": [0, 1, 1],
 }
-AT_ONCE = 4
-"""Clips that go through the models together, so that memory stays small; a step takes as many rounds as it needs."""
+PART = 4
+"""A batch divided by this goes through the models at once: enough that fixed costs are small."""
 
 
 def step_of(vae: CausalVAE, dit: VideoDiT, shape: tuple[int, int, int], clips: int) -> None:
@@ -49,8 +49,10 @@ def main() -> None:
         forward = count_flops(lambda: meta_dit(latent, torch.empty(1, device="meta"), labels))
         return count_flops(lambda: meta_vae.encode(clip)) + 3 * forward
 
-    calls = {str(shape): (lambda shape=shape: step_of(vae, dit, shape, AT_ONCE)) for shape in SHAPES}
-    seconds = {name: value / AT_ONCE for name, value in take_turns(calls, rounds=3).items()}  # of one clip
+    by_flops = Budget(cost=flops, tokens=tokens, batch_tokens=BATCH_TOKENS, divisor=1).batches(SHAPES)
+    clips = {str(shape): batch // PART for shape, batch in zip(SHAPES, by_flops, strict=True)}
+    calls = {str(shape): (lambda shape=shape: step_of(vae, dit, shape, clips[str(shape)])) for shape in SHAPES}
+    seconds = {name: value / clips[name] for name, value in take_turns(calls, rounds=3).items()}  # of one clip
     print(f"steps of four buckets, by the CPU time of a clip of each; budget {BATCH_TOKENS:,} tokens of the first")
     costs = {"by tokens": tokens, "by FLOPs": flops, "by time": lambda *shape: seconds[str(shape)]}
     for name, cost in costs.items():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.config import BucketsConfig, DataConfig, IndexConfig, help_text, parse
+from data_tools.encode import EncodeConfig
 from sora_lite.cli import run_verb
 from sora_lite.errors import UserError
 
@@ -66,6 +67,11 @@ VERBS = {
         words=["SHARDS"],
         settings=VerifyConfig,
     ),
+    "encode": Verb(
+        line="encode clips once with a frozen VAE, or captions with a text encoder, into shards of their own",
+        words=["SHARDS", "OUT"],
+        settings=EncodeConfig,
+    ),
     "index": Verb(
         line="make shards of others trainable, without changing them: an index beside them, or in OUT",
         words=["SHARDS"],
@@ -112,6 +118,10 @@ def _call(verb: str, words: list[str], rest: list[str]) -> None:
             from data_tools.verify import verify
 
             verify(last, settings.workers)
+        case "encode":
+            from data_tools.encode import encode
+
+            encode(Path(words[0]), last, settings)
         case "index":
             from data_tools.index_tars import index
 

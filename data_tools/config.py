@@ -211,10 +211,44 @@ class ArrayConfig(QueueConfig):
     """Tasks of the job array; each takes its part of the list of work."""
     cpus_per_task: int = 4
     """Cores, and decoding processes, of a task."""
+    gpus_per_task: int = 0
+    """GPUs of a task, for `sora-data encode`."""
 
 
 @dataclass(kw_only=True, slots=True)
-class DataConfig:
+class WorkConfig:
+    """Who does the work."""
+
+    executor: Executor = Executor.local
+    """local: processes of this machine. slurm: job arrays."""
+    workers: int | None = None
+    """Processes; null takes one per core, 0 works in this one (where a file that crashes a decoder ends all)."""
+    stall_seconds: float = 60.0
+    """A worker that shows no progress for so long is killed; a second time, its file is quarantined."""
+    memory_mb: int = 4096
+    """Memory in MiB that a worker may take beyond what it starts with."""
+    slurm: ArrayConfig = field(default_factory=ArrayConfig)
+
+    @property
+    def costly_units(self) -> bool:
+        """Whether a unit takes so long that each is written down at once."""
+        return False
+
+    def check_work(self) -> None:
+        """Raise UserError for a value that cannot be."""
+        rules: list[tuple[bool, str, str]] = [
+            (self.workers is None or self.workers >= 0, "workers", "must be at least 0"),
+            (self.stall_seconds > 0, "stall_seconds", "must be above 0"),
+            (self.memory_mb >= 64, "memory_mb", "must be at least 64"),
+            (self.slurm.tasks >= 1, "slurm.tasks", "must be at least 1"),
+            (self.slurm.cpus_per_task >= 1, "slurm.cpus_per_task", "must be at least 1"),
+            (self.slurm.gpus_per_task >= 0, "slurm.gpus_per_task", "must be at least 0"),
+        ]
+        refuse(self, rules)
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig(WorkConfig):
     """`sora-data`: from videos to shards."""
 
     work: str | None = None
@@ -231,17 +265,9 @@ class DataConfig:
     """Part of the sources (or of their groups, where the list has a column `group`) that is held out."""
     licence: str | None = None
     """Licence of the videos, to be kept with every clip."""
-    executor: Executor = Executor.local
-    """local: processes of this machine. slurm: job arrays."""
-    workers: int | None = None
-    """Processes; null takes one per core, 0 works in this one (where a file that crashes a decoder ends all)."""
-    stall_seconds: float = 60.0
-    """A worker that shows no progress for so long is killed; a second time, its file is quarantined."""
-    memory_mb: int = 4096
-    """Memory in MiB that a worker may take beyond what it starts with."""
-    slurm: ArrayConfig = field(default_factory=ArrayConfig)
 
     def __post_init__(self) -> None:
+        self.check_work()
         split, pack = self.split, self.pack
         rules: list[tuple[bool, str, str]] = [
             (self.probe.max_megapixels > 0, "probe.max_megapixels", "must be above 0"),
@@ -282,18 +308,8 @@ class DataConfig:
             (pack.preset in PRESETS, "pack.preset", f"must be one of {', '.join(PRESETS)}"),
             (pack.shard_mb >= 1, "pack.shard_mb", "must be at least 1"),
             (0 <= self.validation_fraction < 1, "validation_fraction", "must lie in [0, 1)"),
-            (self.workers is None or self.workers >= 0, "workers", "must be at least 0"),
-            (self.stall_seconds > 0, "stall_seconds", "must be above 0"),
-            (self.memory_mb >= 64, "memory_mb", "must be at least 64"),
-            (self.slurm.tasks >= 1, "slurm.tasks", "must be at least 1"),
-            (self.slurm.cpus_per_task >= 1, "slurm.cpus_per_task", "must be at least 1"),
         ]
-        for holds, key, rule in rules:
-            if not holds:
-                value: Any = self
-                for name in key.split("."):
-                    value = getattr(value, name)
-                raise UserError(f"{key}={value}: {rule}.")
+        refuse(self, rules)
         for i, row in enumerate(self.filter.rules):
             limits = (row.min, row.max, row.min_percentile, row.max_percentile)
             if all(limit is None for limit in limits):
@@ -309,6 +325,16 @@ class DataConfig:
     def hash(self) -> str:
         """SHA-256 of `content`."""
         return digest(self.content())
+
+
+def refuse(settings: Any, rules: list[tuple[bool, str, str]]) -> None:
+    """Raise UserError for the first of (holds, key, rule) that does not hold."""
+    for holds, key, rule in rules:
+        if not holds:
+            value = settings
+            for name in key.split("."):
+                value = getattr(value, name)
+            raise UserError(f"{key}={value}: {rule}.")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -22,7 +22,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, Self
@@ -31,15 +31,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from data_tools.config import DataConfig, parse, plain
-from data_tools.job import FUNCTIONS, SCHEMAS
+from data_tools import encode
+from data_tools import job as stages
+from data_tools.config import DataConfig, WorkConfig, parse, plain
 from data_tools.pack import PARTS
 from data_tools.pool import Rows
 from data_tools.state import Table, Unit, work
 from sora_lite.cli.compose import assets
 from sora_lite.cli.submit import job_command, submit
-from sora_lite.data.shards import replace_file
+from sora_lite.data.shards import ENCODED, replace_file
 from sora_lite.errors import UserError
+
+FUNCTIONS = stages.FUNCTIONS | dict.fromkeys(ENCODED, encode.work)
+SCHEMAS = stages.SCHEMAS | dict.fromkeys(ENCODED, encode.SCHEMA)
+SETTINGS: dict[str, type[WorkConfig]] = {
+    **dict.fromkeys(stages.FUNCTIONS, DataConfig),
+    **dict.fromkeys(ENCODED, encode.EncodeConfig),
+}
+"""What a task does for a stage, the columns of its rows, and the class of its settings."""
 
 LIST_SCHEMA = pa.schema([("keys", pa.list_(pa.string())), ("task", pa.large_string())])
 """A unit per row; task: JSON in ASCII, since names of files need not be UTF-8."""
@@ -55,7 +64,7 @@ MOST_LOG = 4096
 
 
 def run_array(
-    table: Table, stage: str, units: list[Unit], config: DataConfig, progress: Callable[[int], object]
+    table: Table, stage: str, units: list[Unit], config: WorkConfig, progress: Callable[[int], object]
 ) -> None:
     """Have units done by a job array, and wait for it; units that an array is at work on already are only waited for.
 
@@ -123,13 +132,14 @@ class _Array:
         return f"job {self.job}: {', '.join(f'{count} {state}' for state, count in states.items()) or 'has ended'}"
 
 
-def _submit(table: Table, stage: str, units: list[Unit], config: DataConfig) -> _Array:
+def _submit(table: Table, stage: str, units: list[Unit], config: WorkConfig) -> _Array:
     tasks = min(config.slurm.tasks, len(units))
     path, logs = _write_list(table, stage, units, config, tasks), _log_folder(table)
     command = job_command(
         config.slurm,
         NAME.format(path.stem),
-        {"array": f"0-{tasks - 1}", "cpus-per-task": config.slurm.cpus_per_task},
+        {"array": f"0-{tasks - 1}", "cpus-per-task": config.slurm.cpus_per_task}
+        | ({"gpus-per-task": gpus} if (gpus := config.slurm.gpus_per_task) else {}),
         assets("slurm").absolute() / "data.sbatch",
         logs,
         "%A_%a.log",
@@ -140,7 +150,7 @@ def _submit(table: Table, stage: str, units: list[Unit], config: DataConfig) -> 
     return _Array(job=job, chunks=_chunks(path), logs=logs)
 
 
-def _write_list(table: Table, stage: str, units: list[Unit], config: DataConfig, tasks: int) -> Path:
+def _write_list(table: Table, stage: str, units: list[Unit], config: WorkConfig, tasks: int) -> Path:
     """Every task gets each `tasks`-th unit, so that sources that lie together and are alike are shared out evenly."""
     content = pa.BufferOutputStream()
     with pq.ParquetWriter(content, LIST_SCHEMA, compression="zstd") as writer:
@@ -298,12 +308,15 @@ def work_chunk(list_path: Path) -> None:
     Raises UserError outside of an array task, if the list is not there, or if a unit's settings are wrong.
     """
     note, units = _read_chunk(list_path)
-    cores = os.environ.get("SLURM_CPUS_PER_TASK", "1")
-    config = parse(DataConfig, ["executor=local", f"workers={cores}"], base=note["settings"])
-    table = _Careful(list_path.parent.parent, SCHEMAS[stage := note["stage"]], drain := _Drain())
+    stage = note["stage"]
+    here = parse(SETTINGS[stage], ["executor=local"], base=note["settings"])
+    # One model on a GPU; a decoder on each core.
+    workers = here.slurm.gpus_per_task or int(os.environ.get("SLURM_CPUS_PER_TASK", "1"))
+    config = replace(here, workers=workers)
+    table = _Careful(list_path.parent.parent, SCHEMAS[stage], drain := _Drain())
     done = Finished(table, stage)
     todo = _left(units, done)
-    print(f"{stage}: {len(todo)} of {len(units)} units are missing; {cores} processes", flush=True)
+    print(f"{stage}: {len(todo)} of {len(units)} units are missing; {workers} processes", flush=True)
     if not todo:
         return
     try:

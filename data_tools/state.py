@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from data_tools.config import DataConfig, Executor, digest, plain
+from data_tools.config import DataConfig, Executor, WorkConfig, digest, plain
 from data_tools.pool import Function, Outcome, Rows, Task, run_tasks
 from sora_lite.data.shards import replace_file
 from sora_lite.errors import UserError
@@ -105,7 +105,7 @@ def rows_of(outcome: Outcome, unit: Unit) -> Rows:
     return [{"reason": "", **row} for row in outcome.rows]
 
 
-def complete(table: Table, stage: str, function: Function, units: list[Unit], config: DataConfig, what: str) -> None:
+def complete(table: Table, stage: str, function: Function, units: list[Unit], config: WorkConfig, what: str) -> None:
     """Do the work of all keys that have no row in the table yet. what: the word for a key, under the bar.
 
     Raises UserError if somebody has to mend something before it can be done.
@@ -128,7 +128,7 @@ def work(
     table: Table,
     function: Function,
     units: list[Unit],
-    config: DataConfig,
+    config: WorkConfig,
     progress: Callable[[int], object],
     stopped: Callable[[], bool] = lambda: False,
 ) -> None:
@@ -136,6 +136,7 @@ def work(
 
     stopped: asked before each unit; once it says so no further unit begins.
     """
+    seconds, share = (0.0, 0.0) if config.costly_units else (2.0, 0.05)
     buffer: Rows = []
     begun = written = time.monotonic()
     try:
@@ -143,7 +144,7 @@ def work(
             buffer += rows_of(outcome, unit)
             progress(len(unit.keys))
             # at most a twentieth of the work is lost to a kill, and the number of parts grows with the logarithm
-            if time.monotonic() - written > max(2.0, 0.05 * (written - begun)):
+            if time.monotonic() - written > max(seconds, share * (written - begun)):
                 table.append(buffer)
                 buffer, written = [], time.monotonic()
     finally:
@@ -151,7 +152,7 @@ def work(
 
 
 def outcomes(
-    function: Function, units: list[Unit], config: DataConfig, stopped: Callable[[], bool] = lambda: False
+    function: Function, units: list[Unit], config: WorkConfig, stopped: Callable[[], bool] = lambda: False
 ) -> Iterator[tuple[Unit, Outcome]]:
     """Units with what became of them, as they finish, in processes of this machine."""
 

@@ -292,6 +292,8 @@ class SetRule:
 
     shards: str = MISSING
     """Folder of shards with a manifest.json, as `sora-data run` writes it."""
+    latents: str | None = None
+    """Its latents, as `sora-data encode` writes them."""
     weight: float | None = None
     """How often its samples come, against the weights of the others; null, for all, goes by the number of samples."""
 
@@ -301,13 +303,25 @@ class DataConfig:
     """Which shards are read and how samples become batches."""
 
     shards: str | None = MISSING
-    """Folder of shards with a manifest.json, as `sora-data run` writes it; or give `data.sets`."""
+    """Folder of shards with a manifest.json, as `sora-data run` writes it, or its URL; or give `data.sets`."""
     sets: list[SetRule] = field(default_factory=list)
     """Several data sets that are mixed, instead of `data.shards`."""
+    latents: str | None = None
+    """Latents of `data.shards` (each of a clip's beginning), as `sora-data encode` writes them. Others are decoded."""
     image_ratio: float | None = None
     """Part of the samples that are stills (buckets of 1 frame), in (0, 1); null: as they come. Weights hold in both."""
     cache: str | None = None
-    """Folder for the compiled index, which all ranks see; by default .cache in the (first) folder of shards."""
+    """Folder for the compiled index, which all ranks see; by default .cache in the (first) folder of shards, or, where
+    that is a URL, in `shard_cache`."""
+    shard_cache: str = "~/.cache/sora_lite"
+    """Folder on a disk of each machine where shards behind URLs are kept; runs may share it."""
+    shard_cache_gb: float = 64.0
+    """What `shard_cache` may hold, in GiB: at least block_shards shards of each bucket and data set, and twice that to
+    fetch ahead. What is in use stays, even above it."""
+    io_timeout: float = 60.0
+    """Seconds of silence, or of less than 1 MiB, after which a remote read is tried again."""
+    io_retries: int = 6
+    """How often in a row a read is tried again, with growing pauses, before the run stops."""
     fps: float | None = None
     """Frames per second that the model sees; null keeps each clip's own rate."""
     buckets: list[BucketRule] = MISSING
@@ -326,6 +340,8 @@ class DataConfig:
     """Mirror half of the clips left to right. Off where direction or writing carries meaning."""
     workers: int = 2
     """Decoding processes per rank; 0 decodes in the training process."""
+    worker_timeout: float = 900.0
+    """Seconds that a batch is waited for before its decoding process counts as hanging and is started anew."""
     decoder: Decoder = Decoder.pyav
     """Library that decodes the clips."""
     cache_mb: int = 0
@@ -337,6 +353,16 @@ class DataConfig:
     def folders(self) -> list[str]:
         """Folders of shards, one for each data set."""
         return [self.shards] if self.shards is not None else [one.shards for one in self.sets]
+
+    @property
+    def latent_folders(self) -> list[str | None]:
+        """Folders of latents, one for each data set; None where there are none."""
+        return [self.latents] if self.shards is not None else [one.latents for one in self.sets]
+
+    @property
+    def latents_key(self) -> str:
+        """The key under which latents are given."""
+        return "data.latents" if self.shards is not None else "data.sets.latents"
 
     def key_of(self, data_set: int) -> str:
         """The key under which the folder of a data set is given."""
@@ -713,11 +739,25 @@ class ExportConfig:
     """`sora-lite export`: write a run's newest checkpoint as safetensors for inference."""
 
     run: str = MISSING
-    """Run folder of train or train-vae."""
+    """Run folder of train or train-vae; with layout=diffusers also an export or import."""
     out: str | None = None
-    """Folder to write; by default RUN/export."""
+    """Folder to write; by default RUN/export, or RUN/diffusers."""
     weights: str = "ema"
     """`ema` (the averaged weights) or `raw`."""
+    layout: Layout = Layout.sora_lite
+    """`diffusers` writes config.json and weights that diffusers reads; for DiT, Latte and Wan models."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ImportConfig:
+    """`sora-lite import`: weights that others published (DiT, Latte, Wan) as an export of this project."""
+
+    weights_from: str = MISSING
+    """A .pt file of the DiT paper's code, or a folder of diffusers with safetensors (a transformer, or a pipeline)."""
+    out: str = MISSING
+    """Folder to write."""
+    heads: int | None = None
+    """Attention heads of a .pt file, which does not tell them; known for the paper's sizes."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -747,11 +787,14 @@ class EvaluateConfig:
 
 @dataclass(kw_only=True, slots=True)
 class InspectConfig:
-    """`sora-lite inspect`: parameters and FLOPs of a model on the meta device, without building it."""
+    """`sora-lite inspect`: parameters, FLOPs and memory of a model on the meta device, without building it."""
 
     model: DiTConfig = field(default_factory=DiTConfig)
-    latent: list[int] = field(default_factory=lambda: [16, 5, 32, 32])
-    """Latent shape (channels, frames, height, width) for which FLOPs are counted."""
+    latent: list[int] | None = None
+    """Latent (channels, frames, height, width) of one clip; null takes [4, 1, 32, 32] (an image of 256 x 256) for
+    models with labels alone, as in the DiT paper, and [16, 5, 32, 32] for others."""
+    precision: Precision = Precision.bf16
+    """Arithmetic for which memory is told."""
     format: Format = Format.table
     """`table` or `json`."""
 
@@ -798,6 +841,7 @@ ROOTS: dict[str, type] = {
     "data_preview": DataPreviewConfig,
     "generate": GenerateConfig,
     "export": ExportConfig,
+    "import": ImportConfig,
     "evaluate": EvaluateConfig,
     "inspect": InspectConfig,
     "checkpoint": CheckpointConfig,
@@ -855,6 +899,7 @@ def check(config: object) -> None:
     if isinstance(config, EvaluateConfig):
         _require(FrameMode.random not in config.frames, "frames", "random is for training; take before or first_last")
     if isinstance(config, TrainVAEConfig):
+        _require(not any(config.data.latent_folders), "data.latents", "a VAE is trained on video; leave them out")
         _check_vae(config.vae, config.data.buckets)
 
 
@@ -884,6 +929,9 @@ def _check_run(config: BaseTrainConfig) -> None:
     _check_sets(data)
     _require(data.fps is None or data.fps > 0, "data.fps", f"must be above 0, or null, not {data.fps}")
     _require(data.workers >= 0, "data.workers", f"must be at least 0, not {data.workers}")
+    _require(data.io_retries >= 0, "data.io_retries", f"must be at least 0, not {data.io_retries}")
+    for key in ("shard_cache_gb", "io_timeout", "worker_timeout"):
+        _require(getattr(data, key) > 0, f"data.{key}", f"must be above 0, not {getattr(data, key)}")
     _require(len(data.buckets) > 0, "data.buckets", "is empty; give at least one row {resolution: [H, W], frames: T}")
     for i, rule in enumerate(data.buckets):
         key = f"data.buckets[{i}]"
@@ -916,6 +964,16 @@ def _check_sets(data: DataConfig) -> None:
         "is given along with data.shards; leave one of them out"
         if data.sets
         else "is empty; name a folder by data.shards",
+    )
+    _require(
+        data.latents is None or data.shards is not None,
+        "data.latents",
+        "are those of data.shards; with data.sets give each row its own latents",
+    )
+    _require(
+        not data.flip or not any(data.latent_folders),
+        "data.flip",
+        "latents are of clips as they are; set data.flip=false, or leave the latents out",
     )
     for i, row in enumerate(data.sets):
         key, weight = f"data.sets[{i}].weight", row.weight
@@ -1046,6 +1104,11 @@ def _check_frames(config: TrainConfig) -> None:
     given, reads = any(rule.mode is not FrameMode.none for rule in config.frames), config.model.frame_conditions
     _require(
         reads or not given, "model.frame_conditions", "is false, but frames has rows that give frames; set it to true"
+    )
+    _require(
+        not given or not any(config.data.latent_folders),
+        "frames",
+        "given frames are encoded alone, out of video; leave out the latents, or the frames",
     )
     _require(given or not reads, "frames", "has no row that gives frames; add one, or model.frame_conditions=false")
     for i, rule in enumerate(config.frames):

@@ -15,6 +15,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "train": ("train", "train the video DiT on shards"),
     "data-preview": ("data_preview", "what training would see: contact sheets and a page, or lines of JSON"),
     "export": ("export", "write a run's newest checkpoint as safetensors for inference"),
+    "import": ("import_weights", "weights that others published (DiT, Latte, Wan) as an export of this project"),
     "generate": ("generate", "make clips from an exported model"),
     "evaluate": ("evaluate", "measure a model of a labelled data set with classifiers trained on real clips"),
     "inspect": ("inspect", "parameters and FLOPs of a model, without building it"),

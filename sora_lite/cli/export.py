@@ -3,16 +3,24 @@
 from pathlib import Path
 from typing import Any
 
-from sora_lite.config import ExportConfig
+from sora_lite.config import ExportConfig, Layout
 from sora_lite.errors import UserError
 from sora_lite.generation import export as exports
+from sora_lite.generation.layouts import write_folder
 from sora_lite.models.vae import CausalVAE
 from sora_lite.training import restore, store
 
 
 def main(config: ExportConfig) -> None:
     """Export and say where it lies."""
-    out = export(Path(config.run), Path(config.out) if config.out else None, config.weights)
+    run, out = Path(config.run), Path(config.out) if config.out else None
+    if config.layout is Layout.diffusers:
+        ready = (run / "export.json").is_file()  # an import, or another export
+        source = run if ready else export(run, None, config.weights)
+        out = out or run / "diffusers"
+        write_folder(source, out)
+    else:
+        out = export(run, out, config.weights)
     print(f"exported to {out}")
 
 

@@ -102,6 +102,10 @@ def describe(config: BaseTrainConfig, loader: ClipLoader) -> list[str]:
         lines.append(f"{row.shards}: {samples:,} samples in buckets, {share:.2%} of what is seen")
     if left := len(loader.index) - sum(len(bucket.samples) for bucket in buckets):
         lines.append(f"left out, as too short for every bucket: {left:,} samples")
+    if loader.latents is not None:
+        lines.append(
+            "come as latents: {:,} of {:,} samples in buckets; the others are decoded".format(*loader.cached())
+        )
     return lines
 
 

@@ -20,13 +20,24 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sora_lite.data.buckets import Bucket, Row, assign, choose, longest_at, refuse_empty
-from sora_lite.data.index import BY_KEY, COLUMNS, Index, check_shard, entries_of, load_manifest, read_parts
+from sora_lite.data.index import (
+    BY_KEY,
+    COLUMNS,
+    Index,
+    Origin,
+    check_shard,
+    entries_of,
+    load_manifest,
+    read_parts,
+    require_content,
+)
 from sora_lite.data.remote import Location, Url
 from sora_lite.data.shard_cache import ShardCache, default_cache
 from sora_lite.data.shards import MANIFEST, Manifest, flush, flush_folder, replace_file, to_json
@@ -49,6 +60,7 @@ def open_index(
     cache: Path | None = None,
     shard_cache: ShardCache | None = None,
     check: bool = True,
+    content: str = "clips",
 ) -> Index:
     """Map the index of one split of data sets, numbered through; compile it first where that was not done yet.
 
@@ -58,6 +70,7 @@ def open_index(
             the shard cache.
         shard_cache: where remote shards are kept; None for a default.
         check: whether to look that every shard is there with its size. One process of a job is enough.
+        content: what the data sets must hold: clips, latents or text.
 
     Raises:
         UserError: as `Index.load`, or the cache cannot be written.
@@ -69,6 +82,8 @@ def open_index(
     if not folder.is_dir():
         folder = _compile_index(folders, split, cache)
     meta = _read_json(folder / "index.json")
+    origins = [Origin(**one) for one in meta["origins"]]
+    require_content(folders, origins, content)
     names, set_shards = meta["names"], meta["set_shards"]
     of_set = np.repeat(np.arange(len(folders)), set_shards).tolist()
     paths = [folders[one] / name for one, name in zip(of_set, names, strict=True)]
@@ -81,10 +96,11 @@ def open_index(
         shard_bytes=meta["bytes"],
         set_shards=set_shards,
         counts=meta["counts"],
+        origins=origins,
         removed=meta["removed"],
         folder=folder,
         shard_cache=shard_cache,
-        **{name: _map(folder / f"{name}.npy") for name in ["by_key", *COLUMNS]},
+        **{name: map_column(folder / f"{name}.npy") for name in ["by_key", *COLUMNS]},
     )
 
 
@@ -100,7 +116,7 @@ def open_buckets(index: Index, rows: Sequence[Row]) -> list[Bucket]:
     table = [FORMAT, [[*row.shape, row.keep, row.fps] for row in rows]]
     folder = index.folder / f"buckets-{hashlib.sha256(json.dumps(table).encode()).hexdigest()[:16]}"
     if not folder.is_dir():
-        _build(folder, lambda partial: _compile_buckets(partial, folder.parent, index, rows))
+        build(folder, lambda partial: _compile_buckets(partial, folder.parent, index, rows))
     digests = _read_json(folder / "buckets.json")["sha256"]
     return [
         Bucket(
@@ -108,7 +124,7 @@ def open_buckets(index: Index, rows: Sequence[Row]) -> list[Bucket]:
             batch=row.batch,
             fps=row.fps,
             digest=digest,
-            **{name: _map(folder / f"{name}_{number}.npy") for name in ("samples", "shards", "starts")},
+            **{name: map_column(folder / f"{name}_{number}.npy") for name in ("samples", "shards", "starts")},
         )
         for number, (row, digest) in enumerate(zip(rows, digests, strict=True))
     ]
@@ -137,7 +153,7 @@ def _compile_index(folders: Sequence[Location], split: str, cache: Path) -> Path
     manifests = [load_manifest(folder) for folder in folders]
     hashes = [hashlib.sha256(manifest.to_bytes()).hexdigest() for manifest in manifests]
     folder = cache / _index_name(hashes, split)
-    _build(folder, lambda partial: _write_index(partial, folders, manifests, split))
+    build(folder, lambda partial: _write_index(partial, folders, manifests, split))
     return folder
 
 
@@ -173,6 +189,7 @@ def _write_index(partial: Path, folders: Sequence[Location], manifests: Sequence
         "sha256": [entry.sha256 for entry in together],
         "set_shards": [len(some) for some in entries],
         "counts": [manifest.counts for manifest in manifests],
+        "origins": [asdict(Origin.of(manifest)) for manifest in manifests],
         "removed": removed,
     }
     replace_file(partial / "index.json", to_json(meta))
@@ -187,10 +204,10 @@ def _compile_buckets(partial: Path, index_folder: Path, index: Index, rows: Sequ
     for start in range(0, len(index), CHUNK):
         part = slice(start, start + CHUNK)
         # Mapped anew for each part, since pages that were read stay in memory as long as the mapping.
-        sizes = {argument: _map(index_folder / f"{name}.npy")[part] for argument, name in SIZES.items()}
+        sizes = {argument: map_column(index_folder / f"{name}.npy")[part] for argument, name in SIZES.items()}
         chosen = choose(rows, **sizes)
         longest = np.maximum(longest, longest_at(rows, sizes["frames"], sizes["own_fps"]))
-        shard = _map(index_folder / "shard.npy")[part]
+        shard = map_column(index_folder / "shard.npy")[part]
         low = int(shard[0])
         for number in range(len(rows)):
             places = np.flatnonzero(chosen == number)
@@ -253,7 +270,7 @@ class ColumnWriter:
     def _widen(self, kind: np.dtype) -> None:
         """Write anew what was written, in a wider type."""
         self.close()
-        narrow = _map(self.path)
+        narrow = map_column(self.path)
         self.path.unlink()  # what is mapped stays until it is let go
         self._kind, self._length = kind, 0
         self._file = self.path.open("w+b")
@@ -262,7 +279,7 @@ class ColumnWriter:
             self.append(narrow[start : start + CHUNK])
 
 
-def _build(folder: Path, fill: Callable[[Path], None]) -> None:
+def build(folder: Path, fill: Callable[[Path], None]) -> None:
     """Make a folder that appears complete or not at all; if another process was first, its folder stays."""
     partial = folder.with_name(f"{folder.name}.{secrets.token_hex(8)}.partial")
     try:
@@ -297,7 +314,7 @@ def _sweep(cache: Path) -> None:
                 shutil.rmtree(partial, ignore_errors=True)
 
 
-def _map(path: Path) -> np.ndarray:
+def map_column(path: Path) -> np.ndarray:
     """A column, mapped read-only."""
     try:
         return np.asarray(np.load(path, mmap_mode="r"))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +15,16 @@ import pyarrow.parquet as pq
 
 from sora_lite.data.remote import Location, ReadCounts, Url, read_file
 from sora_lite.data.shard_cache import ShardCache, default_cache
-from sora_lite.data.shards import INDEX_SCHEMA, KEY_OF_OTHERS, MEDIA, NO_LABEL, Manifest, ShardEntry, ShardReader
+from sora_lite.data.shards import (
+    ENCODED,
+    INDEX_SCHEMA,
+    KEY_OF_OTHERS,
+    MEDIA,
+    NO_LABEL,
+    Manifest,
+    ShardEntry,
+    ShardReader,
+)
 from sora_lite.errors import UserError
 
 BY_KEY = 65_536
@@ -28,6 +37,20 @@ COLUMNS: dict[str, np.dtype] = {
     for name, kind in zip(INDEX_SCHEMA.names, INDEX_SCHEMA.types, strict=True)
 } | {"shard": np.dtype(np.int32)}
 """Columns of an index and their types; texts are UTF-8 bytes of whatever width they need."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Origin:
+    """What the manifest of a data set says of all its samples; see `Manifest` for the fields."""
+
+    content: str
+    config_hash: str
+    encoding: dict[str, Any]
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Self:
+        """Out of a manifest."""
+        return cls(content=manifest.content, config_hash=manifest.config_hash, encoding=manifest.encoding)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -44,6 +67,8 @@ class Index:
     """Number of shards of each data set, which follow one another in `shard_paths`."""
     counts: list[dict[str, int]]
     """What became of the sources and clips of each data set in its last packing."""
+    origins: list[Origin]
+    """What each data set is and was made with."""
     removed: list[str]
     """Keys of samples in these shards that were taken down, and so are not among the N."""
     by_key: np.ndarray
@@ -51,9 +76,9 @@ class Index:
     keys: np.ndarray
     """Fixed-width bytes, UTF-8; `key` gives one as text."""
     source: np.ndarray
-    """Fixed-width bytes: first 16 hex digits of the source's SHA-256."""
+    """Fixed-width bytes: first 16 hex digits of the source's SHA-256, or `clip_digits` of what a sample was made of."""
     ext: np.ndarray
-    """Fixed-width bytes: one of `shards.MEDIA`."""
+    """Fixed-width bytes: one of `shards.MEDIA`, or of `shards.ENCODED`."""
     shard: np.ndarray
     """int32: place in `shard_paths`."""
     media_offset: np.ndarray
@@ -102,15 +127,24 @@ class Index:
         return len(self.keys)
 
     @classmethod
-    def load(cls, folders: Location | Sequence[Location], split: str) -> Self:
+    def load(cls, folders: Location | Sequence[Location], split: str, *, content: str = "clips") -> Self:
         """Read one split ("train" or "validation") into memory; one that holds nothing gives an empty index.
 
         folders: one data set, or several, whose samples are numbered through.
+        content: what they must hold: clips, latents or text.
         Raises UserError, with the file and the cure, if the manifest, a shard or an index is missing, if one is not
         as the manifest says, or if packing has not finished.
         """
         folders = [folders] if isinstance(folders, Location) else list(folders)
-        manifests = [load_manifest(folder) for folder in folders]
+        return cls.of(folders, [load_manifest(folder) for folder in folders], split, content=content)
+
+    @classmethod
+    def of(
+        cls, folders: Sequence[Location], manifests: Sequence[Manifest], split: str, *, content: str = "clips"
+    ) -> Self:
+        """As `load`, of what these manifests list."""
+        origins = [Origin.of(manifest) for manifest in manifests]
+        require_content(folders, origins, content)
         parts = [{name: np.empty(0, kind) for name, kind in COLUMNS.items()}]
         removed: list[str] = []
         for part, gone in read_parts(folders, manifests, split):
@@ -128,6 +162,7 @@ class Index:
             shard_bytes=[one.bytes for some in entries for one in some],
             set_shards=[len(some) for some in entries],
             counts=[manifest.counts for manifest in manifests],
+            origins=origins,
             removed=removed,
             by_key=np.argsort(columns["keys"], kind="stable")[:BY_KEY],
             **columns,  # type: ignore[arg-type]
@@ -153,6 +188,14 @@ class Index:
     def fingerprint(self) -> str:
         """SHA-256 over the shards' checksums, in order, and what was taken down: equal if the samples are."""
         return hashlib.sha256("\n".join([*self.shard_sha256, *self.removed]).encode()).hexdigest()
+
+
+def require_content(folders: Sequence[Location], origins: Sequence[Origin], content: str) -> None:
+    """Raise UserError unless all these data sets hold `content`."""
+    for folder, origin in zip(folders, origins, strict=True):
+        if origin.content != content:
+            setting = "shards" if origin.content == "clips" else origin.content
+            raise UserError(f"{folder}: holds {origin.content}, not {content}; give it as data.{setting}.")
 
 
 class OpenShards:
@@ -295,8 +338,8 @@ def _fault(table: pa.Table, size: int, *, of_others: bool) -> str:
         return "has keys that are " + ("not printable" if of_others else "not 1 to 90 letters, digits, _ and -")
     if len(pc.unique(keys)) < len(keys):
         return "has a key twice"
-    if not pc.all(pc.is_in(table["ext"], pa.array(MEDIA))).as_py() and len(keys):
-        return f"has files that are none of {', '.join(MEDIA)}"
+    if not pc.all(pc.is_in(table["ext"], pa.array([*MEDIA, *ENCODED.values()]))).as_py() and len(keys):
+        return f"has files that are none of {', '.join(MEDIA)}, nor made of such"
     for what in ("media", "json", "text"):
         begin, length = table[f"{what}_offset"].to_numpy(), table[f"{what}_size"].to_numpy()
         if np.any((begin < 0) | (length < 0) | (begin > size) | (length > size - begin)):

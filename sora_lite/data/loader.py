@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,19 +20,18 @@ from torch import Tensor
 
 from sora_lite.data.buckets import Row, spare_frames
 from sora_lite.data.compiled import open_buckets
-from sora_lite.data.index import Index, OpenShards
+from sora_lite.data.index import Index
+from sora_lite.data.joined import Joined, Latent, LatentReader, Members
 from sora_lite.data.order import MicroStep, Order, check_parts, hash_seed, rank_positions
 from sora_lite.data.prefetch import Prefetcher
 from sora_lite.data.remote import ReadCounts
-from sora_lite.data.shards import DamagedSample, captions_of
+from sora_lite.data.shards import DamagedSample
 from sora_lite.data.transforms import cover_box, mirror, resize_crop
 from sora_lite.data.video import BadVideo, decode_clip
 from sora_lite.data.workers import Workers
 from sora_lite.errors import UserError
 
 MAX_REPLACEMENTS = 16
-WORDS = tuple(f"{what}_{part}" for what in ("text", "json") for part in ("offset", "size", "crc32c"))
-"""Columns of an index that say where a sample's captions lie."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -61,15 +61,19 @@ class View:
 
 @dataclass(kw_only=True, slots=True)
 class ClipBatch:
-    """One rank's micro-batch.
+    """One rank's micro-batch of B samples: V that were decoded, and B - V that come as latents.
 
-    video: uint8 B 3 T H W in [0, 255]. keys: of the samples. captions: one per sample, "" for none. labels: int64 B,
-    -1 for none. positions: int64 B, places in the global step's batch. step: the global step. views: one per sample.
-    samples: int64 B, their numbers in the index. bucket: number of the bucket. bad: samples replaced.
-    seconds: that making the batch took its worker. reads: what it read meanwhile.
+    video: uint8 V 3 T H W in [0, 255]. mean, logvar: float32 B-V C t h w, unnormalised posteriors; None where V is B.
+    is_latent: bool B, which of the samples are not in `video`. keys: of the samples. captions: one per sample, "" for
+    none. labels: int64 B, -1 for none. positions: int64 B, places in the global step's batch. step: the global step.
+    views: one per sample. samples: int64 B, their numbers in the index. bucket: number of the bucket. bad: samples
+    replaced. seconds: that making the batch took its worker. reads: what it read meanwhile.
     """
 
     video: Tensor
+    mean: Tensor | None = None
+    logvar: Tensor | None = None
+    is_latent: Tensor
     keys: list[str]
     captions: list[str]
     labels: Tensor
@@ -84,59 +88,107 @@ class ClipBatch:
 
     def __post_init__(self) -> None:
         b = len(self.keys)
-        if self.video.dtype != torch.uint8 or self.video.ndim != 5 or self.video.shape[:2] != (b, 3):
-            raise ValueError(f"video is {self.video.dtype} {tuple(self.video.shape)}, not uint8 {b} 3 T H W")
-        columns = (self.captions, self.labels, self.positions, self.views, self.samples)
+        latents = int(self.is_latent.sum())
+        if self.video.dtype != torch.uint8 or self.video.ndim != 5 or self.video.shape[:2] != (b - latents, 3):
+            raise ValueError(f"video is {self.video.dtype} {tuple(self.video.shape)}, not uint8 {b - latents} 3 T H W")
+        for posterior in (self.mean, self.logvar):
+            if (0 if posterior is None else len(posterior)) != latents:
+                raise ValueError(f"there are {latents} latents by is_latent, and another number of means or logvars")
+        columns = (self.captions, self.labels, self.positions, self.views, self.samples, self.is_latent)
         if any(len(column) != b for column in columns):
-            raise ValueError("captions, labels, positions, views and samples differ in number from the keys")
+            raise ValueError("captions, labels, positions, views, samples and is_latent differ in number from the keys")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(T, H, W) of the clips."""
+        return self.video.shape[2], self.video.shape[3], self.video.shape[4]
 
     def pin_memory(self) -> "ClipBatch":
         """The same in memory that a device copies from."""
-        return replace(self, video=self.video.pin_memory())
+        mean, logvar = (one if one is None else one.pin_memory() for one in (self.mean, self.logvar))
+        return replace(self, video=self.video.pin_memory(), mean=mean, logvar=logvar)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Clip:
-    """A decoded sample: uint8 T H W 3, the part of its own frames that is (`View.crop`), and what is known of it.
+    """A sample, decoded or as a latent, the part of its own frames that is (`View.crop`), and what is known of it.
 
-    label: -1 for none.
+    pixels: uint8 T H W 3, None of a latent. label: -1 for none.
     """
 
-    frames: np.ndarray
+    pixels: np.ndarray | None = None
+    latent: Latent | None = None
     crop: tuple[float, float, float, float]
     captions: list[str]
     label: int
 
+    def __post_init__(self) -> None:
+        if (self.pixels is None) == (self.latent is None):
+            raise ValueError("a clip has either pixels or a latent")
+
+    @property
+    def frames(self) -> np.ndarray:
+        """uint8 T H W 3, of a clip that was decoded."""
+        if self.pixels is None:
+            raise ValueError("a latent has no frames")
+        return self.pixels
+
+
+def collate(clips: Sequence[Clip], shape: tuple[int, int, int], **rest: Any) -> ClipBatch:
+    """Clips of one (T, H, W) as a batch, with the fields of `ClipBatch` that the clips do not say."""
+    frames = [clip.pixels for clip in clips if clip.pixels is not None]
+    latents = [clip.latent for clip in clips if clip.latent is not None]
+    video = np.stack(frames) if frames else np.empty((0, *shape, 3), np.uint8)
+    return ClipBatch(
+        video=torch.from_numpy(video).permute(0, 4, 1, 2, 3),
+        mean=torch.from_numpy(np.stack([latent.mean for latent in latents])) if latents else None,
+        logvar=torch.from_numpy(np.stack([latent.logvar for latent in latents])) if latents else None,
+        is_latent=torch.tensor([clip.latent is not None for clip in clips]),
+        labels=torch.tensor([clip.label for clip in clips]),
+        **rest,
+    )
+
 
 class ClipReader:
-    """Reads samples of an index at a bucket's size, with a bounded memory of decoded clips."""
+    """Reads samples of an index at a bucket's size, with a bounded memory of decoded clips.
 
-    def __init__(self, index: Index, *, cache_bytes: int, decoder: str = "pyav") -> None:
+    A sample that has a latent of this size and rate in `latents` is not decoded.
+    """
+
+    def __init__(self, index: Index, *, cache_bytes: int, decoder: str = "pyav", latents: Joined | None = None) -> None:
         self.index = index
         self._decoder = decoder
         self._cache_bytes = cache_bytes
         self._cached = 0
         self._cache: OrderedDict[tuple[int, tuple[int, int, int], float | None, int], Clip] = OrderedDict()
-        self.shards = OpenShards(index)
+        self._members = Members(index)
+        self.shards = self._members.shards
+        self._latents = LatentReader(latents, self.shards.counts) if latents is not None else None
 
     def spare(self, sample: int, frames: int, fps: float | None) -> int:
         """Largest `start` at which the sample still has so many frames at a rate."""
         return spare_frames(int(self.index.frames[sample]), float(self.index.fps[sample]), fps, frames)
 
     def read(self, sample: int, shape: tuple[int, int, int], fps: float | None = None, start: int = 0) -> Clip:
-        """Decode sample number `sample` at (T, H, W) and a rate (None: its own), from its own frame `start` on.
+        """Sample number `sample` at (T, H, W) and a rate (None: its own): its latent, or decoded from frame `start` on.
 
         Raises:
             DamagedSample, BadVideo: its bytes are not what the index says, or do not decode.
         """
+        label = int(self.index.label[sample])
+        if (
+            self._latents is not None
+            and (row := self._latents.find(sample, shape, self._rate(sample, fps))) is not None
+        ):
+            latent, captions = self._latents.read(row)
+            shown = int(self.index.height[sample]), int(self.index.width[sample])
+            return Clip(latent=latent, crop=self._crop(sample, shape, shown), captions=captions, label=label)
         key = (sample, shape, fps, start)
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
         index, captions = self.index, self.captions(sample)
-        media = self.shards[int(index.shard[sample])].read(
-            int(index.media_offset[sample]), int(index.media_size[sample]), int(index.crc32c[sample])
-        )
+        media = self._members.media(sample)
         decoded = decode_clip(
             media,
             frames=shape[0],
@@ -147,7 +199,7 @@ class ClipReader:
         )
         box = self._crop(sample, shape, (decoded.shape[1], decoded.shape[2]))
         frames = resize_crop(decoded, shape[1:], box)
-        clip = Clip(frames=frames, crop=box, captions=captions, label=int(index.label[sample]))
+        clip = Clip(pixels=frames, crop=box, captions=captions, label=label)
         if frames.nbytes <= self._cache_bytes:
             self._cache[key] = clip
             self._cached += frames.nbytes
@@ -170,18 +222,14 @@ class ClipReader:
 
     def captions(self, sample: int) -> list[str]:
         """The sample's captions, as `shards.captions_of`."""
-        return captions_of(
-            self.shards[int(self.index.shard[sample])], {name: int(getattr(self.index, name)[sample]) for name in WORDS}
-        )
+        return self._members.captions(sample)
 
     def meta(self, sample: int) -> dict:
         """The sample's JSON, {} for none."""
-        index = self.index
-        if not index.json_size[sample]:
-            return {}
-        return self.shards[int(index.shard[sample])].read_json(
-            int(index.json_offset[sample]), int(index.json_size[sample]), int(index.json_crc32c[sample])
-        )
+        return self._members.meta(sample)
+
+    def _rate(self, sample: int, fps: float | None) -> float:
+        return float(self.index.fps[sample]) if fps is None else fps
 
 
 class _MicroBatches:
@@ -214,22 +262,21 @@ class _MicroBatches:
             len(micro.samples), rank=self.rank, world_size=self.world_size, accumulation=self.accumulation
         )[one_pass]
         bad: list[BadSample] = []
-        clips, samples, views, keys, captions, labels = [], [], [], [], [], []
+        clips, samples, views, keys, captions = [], [], [], [], []
         for position in positions:
             sample, start, clip = self._read(micro, step, int(position), bad)
-            flip = self.flip and hash_seed(self.seed, step, position, "flip") % 2 == 1
-            clips.append(mirror(clip.frames) if flip else clip.frames)
+            flip = self.flip and clip.latent is None and hash_seed(self.seed, step, position, "flip") % 2 == 1
+            clips.append(replace(clip, pixels=mirror(clip.frames)) if flip else clip)
             samples.append(sample)
-            views.append(View(start=start, crop=clip.crop, flip=flip))
+            views.append(View(start=0 if clip.latent is not None else start, crop=clip.crop, flip=flip))
             keys.append(self.reader.index.key(sample))
             choices = clip.captions or [""]
             captions.append(choices[hash_seed(self.seed, step, position, "caption") % len(choices)])
-            labels.append(clip.label)
-        return ClipBatch(
-            video=torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3),
+        return collate(
+            clips,
+            micro.shape,
             keys=keys,
             captions=captions,
-            labels=torch.tensor(labels),
             positions=torch.from_numpy(positions),
             step=step,
             views=views,
@@ -284,6 +331,7 @@ class ClipLoader:
         say: told of such things.
         pin: pinned memory, for a device that copies from it.
         decoder: as for `video.decode_clip`.
+        latents: of the index's clips; those that have none are decoded.
 
     Raises:
         UserError: a batch cannot be divided so, or the rows do not fit the data.
@@ -306,12 +354,13 @@ class ClipLoader:
         decoder: str = "pyav",
         weights: Sequence[float] | None = None,
         image_ratio: float | None = None,
+        latents: Joined | None = None,
         worker_timeout: float = 900.0,
         say: Callable[[str], None] = print,
     ) -> None:
         buckets = open_buckets(index, rows)
         check_parts([bucket.batch for bucket in buckets], world_size=world_size, accumulation=accumulation)
-        self.index = index
+        self.index, self.latents = index, latents
         self.order = Order(
             buckets,
             seed=seed,
@@ -322,11 +371,21 @@ class ClipLoader:
         )
         self.accumulation = accumulation
         self._pin, self._say = pin, say
-        reader = ClipReader(index, cache_bytes=cache_bytes, decoder=decoder)
+        reader = ClipReader(index, cache_bytes=cache_bytes, decoder=decoder, latents=latents)
         self._dataset = _MicroBatches(reader, self.order, seed, flip, (rank, world_size, accumulation))
         self.workers = Workers(self._dataset, workers, timeout=worker_timeout, say=say)
         remote = not all(isinstance(path, Path) for path in index.shard_paths)
         self._prefetcher = Prefetcher(index, self._dataset.remote_shards) if remote else None
+
+    def cached(self) -> tuple[int, int]:
+        """(samples in buckets that have a latent of their bucket's size, samples in buckets)."""
+        found = 0
+        if self.latents is not None:
+            for bucket in self.order.buckets:
+                samples, fps = bucket.samples, bucket.fps
+                rates = self.index.fps[samples] if fps is None else np.full(len(samples), fps)
+                found += self.latents.count(samples, bucket.shape, rates)
+        return found, sum(self.order.set_samples)
 
     def begin_order(self, step: int) -> None:
         """Let the order begin at a global step, before anything is read: data or shares have changed there."""

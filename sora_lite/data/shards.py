@@ -39,6 +39,8 @@ MEDIA = ("mp4", "png", "jpg", "webp", "jpeg", "webm", "mkv", "mov", "avi")
 """Extensions that a sample's media member may have; those that are packed here are the first two."""
 NO_LABEL = -1
 """Label of a sample that has none."""
+ENCODED = {"latents": "latent.safetensors", "text": "text.safetensors"}
+"""What was made of clips and joins them by key (`Manifest.content`), and its extension."""
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -63,7 +65,8 @@ INDEX_SCHEMA = pa.schema(
 )
 """Columns of an index file. Offsets and sizes are bytes of the tar; crc32c is of the media member. json is of KEY.json
 and text of KEY.txt, which holds the caption; each has size 0 if there is none, and label is NO_LABEL. Height and width
-are as people see them, with square pixels. source is the first 16 hex digits of the source's SHA-256."""
+are as people see them, with square pixels. source is the first 16 hex digits of the source's SHA-256 or,
+where something was made of clips, `clip_digits` of the clip."""
 
 Answer = TypeVar("Answer")
 Place = TypeVar("Place", Path, Url, Location)
@@ -81,19 +84,22 @@ class DamagedSample(Exception):
 
 @dataclass(kw_only=True, slots=True)
 class Sample:
-    """One clip or still image, as it lies in a shard."""
+    """One clip or still image, or what was made of one, as it lies in a shard."""
 
     key: str
     ext: str
-    """mp4, png, jpg or webp."""
+    """mp4, png, jpg, webp, latent.safetensors or text.safetensors."""
     media: bytes
     meta: dict[str, Any]
     """Content of KEY.json; holds at least frames, height, width, fps and source.sha256."""
+    made_of: str | None = None
+    """`clip_digits` of the clip that it was made of; None for a clip."""
 
     def __post_init__(self) -> None:
         check_key(self.key)
-        if self.ext not in MEDIA:
-            raise ValueError(f"{self.key}: ext {self.ext!r} is none of {', '.join(MEDIA)}")
+        allowed = MEDIA if self.made_of is None else tuple(ENCODED.values())
+        if self.ext not in allowed:
+            raise ValueError(f"{self.key}: ext {self.ext!r} is none of {', '.join(allowed)}")
         if missing := {"frames", "height", "width", "fps", "source"} - self.meta.keys():
             raise ValueError(f"{self.key}: meta lacks {', '.join(sorted(missing))}")
         if type(self.label) is not int or not NO_LABEL <= self.label < 2**31:
@@ -139,6 +145,10 @@ class Manifest:
 
     config_hash: str
     """Hash of the settings that made the clips."""
+    content: str = "clips"
+    """`clips`, or what was made of them and joins them by key: `latents` or `text`."""
+    encoding: dict[str, Any] = field(default_factory=dict)
+    """Of latents and text: what they were made with. `fingerprint` names the VAE or the text encoder."""
     shards: list[ShardEntry] = field(default_factory=list)
     """What the data set consists of."""
     pending: list[ShardEntry] = field(default_factory=list)
@@ -189,6 +199,8 @@ class Manifest:
             if not isinstance(content["root"], str | None):
                 raise ValueError("root is no text")
             manifest = cls(shards=shards, pending=pending, **content)
+            if manifest.content not in ("clips", *ENCODED) or not isinstance(manifest.encoding, dict):
+                raise ValueError(f"it holds {manifest.content!r}")
             whole = written == manifest.to_bytes()
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise UserError(f"{name}: not a manifest of shards ({error}); name another folder or pack again.") from None
@@ -294,7 +306,7 @@ class ShardWriter:
                 "height": sample.meta["height"],
                 "width": sample.meta["width"],
                 "fps": float(sample.meta["fps"]),
-                "source": sample.meta["source"]["sha256"][:16],
+                "source": sample.made_of or sample.meta["source"]["sha256"][:16],
             }
         )
         self._keys.add(sample.key)
@@ -357,6 +369,11 @@ def is_inside(name: str, suffix: str) -> bool:
 def to_json(content: Mapping[str, Any]) -> bytes:
     """The one way in which content becomes JSON in a shard: the same content gives the same bytes."""
     return json.dumps(content, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+
+
+def clip_digits(crc32c: int) -> str:
+    """How an index names the clip that a sample was made of: the checksum of the clip's media member, in decimal."""
+    return str(int(crc32c))
 
 
 def check_key(key: str) -> None:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -32,7 +33,8 @@ class Contract:
 
     architecture: keyword arguments of `CausalVAE` or `VideoDiT`. clip: (T, H, W) in frames and pixels, and fps
     (0: each clip's own rate), of the first bucket that it was trained on. vae_fingerprint: of the VAE itself, or of the
-    one that a DiT was trained against. diffusion: keyword arguments of `Process` (DiT).
+    one that a DiT was trained against; None where that is not of this project (`sora-lite import`). diffusion: keyword
+    arguments of `Process` (DiT).
     """
 
     kind: Literal["vae", "dit"]
@@ -42,7 +44,7 @@ class Contract:
     weights: str
     clip: list[int]
     fps: float
-    vae_fingerprint: str
+    vae_fingerprint: str | None
     diffusion: dict[str, Any] = field(default_factory=dict)
     sha256: str = ""
     format: int = FORMAT
@@ -103,15 +105,28 @@ def load_dit(folder: Path) -> tuple[VideoDiT, CausalVAE, Contract]:
         UserError: something is missing or damaged, or the VAE is not the one that the DiT was trained against.
     """
     folder, contract = read_contract(folder, "dit")
+    if contract.vae_fingerprint is None:
+        raise UserError(
+            f"{folder}: was imported, and its VAE is none of this project, so it cannot make clips; "
+            "train a DiT from it, or export it with layout=diffusers"
+        )
     vae, vae_contract = load_vae(folder / _VAE)
     if vae_contract.vae_fingerprint != contract.vae_fingerprint:
         raise UserError(
             f"{folder / _VAE}: is not the VAE that this DiT was trained against (fingerprint "
-            f"{vae_contract.vae_fingerprint[:12]}, not {contract.vae_fingerprint[:12]}); export the run again"
+            f"{str(vae_contract.vae_fingerprint)[:12]}, not {contract.vae_fingerprint[:12]}); export the run again"
         )
-    dit = VideoDiT(**contract.architecture)
-    _load(dit, folder, contract)
+    dit, _ = load_transformer(folder)
     return dit, vae, contract
+
+
+def load_transformer(folder: Path) -> tuple[VideoDiT, Contract]:
+    """The DiT of an export or run folder without its VAE, frozen, in eval mode, on the CPU."""
+    folder, contract = read_contract(folder, "dit")
+    with torch.device("meta"):
+        dit = VideoDiT(**contract.architecture)
+    _load(dit.to_empty(device="cpu"), folder, contract)
+    return dit, contract
 
 
 def _load(module: nn.Module, folder: Path, contract: Contract) -> None:

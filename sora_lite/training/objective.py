@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from sora_lite.data.buckets import frames_at
 from sora_lite.data.index import Index
-from sora_lite.data.loader import Clip, ClipBatch, ClipReader
+from sora_lite.data.joined import Joined
+from sora_lite.data.loader import Clip, ClipBatch, ClipReader, View, collate
 from sora_lite.data.shards import DamagedSample
 from sora_lite.data.video import BadVideo
 from sora_lite.parallel.env import Rank
@@ -94,14 +95,22 @@ class HeldOut:
     """
 
     def __init__(
-        self, index: Index, *, count: int, shape: tuple[int, int, int], fps: float | None, rank: Rank, batch: int
+        self,
+        index: Index,
+        *,
+        count: int,
+        shape: tuple[int, int, int],
+        fps: float | None,
+        rank: Rank,
+        batch: int,
+        latents: Joined | None = None,
     ) -> None:
-        self._reader, self._fps = ClipReader(index, cache_bytes=0), fps
+        self._reader, self._fps = ClipReader(index, cache_bytes=0, latents=latents), fps
         first = index.by_key
         chosen = first[frames_at(index.frames[first], index.fps[first], fps) >= shape[0]][:count]
         self.count = len(chosen)
         self.shape = shape
-        self._shape, self._rank, self._batch = shape, rank, batch
+        self._batch = batch
         per_rank = -(-self.count // rank.world_size) if self.count else 0
         places = np.arange(per_rank) * rank.world_size + rank.rank
         self._places = places
@@ -110,27 +119,38 @@ class HeldOut:
         self._clips: list[Clip] | None = None
 
     def clips(self) -> list[Clip]:
-        """This rank's clips, decoded once. A damaged one is named, and a black one of weight 0 stands for it."""
+        """This rank's clips, read once. A damaged one is named, and a black one of weight 0 stands for it."""
         if self._clips is None:
             self._clips = [self._read(i, int(sample)) for i, sample in enumerate(self._samples)]
         return self._clips
 
     def _read(self, place: int, sample: int) -> Clip:
         try:
-            return self._reader.read(sample, self._shape, self._fps)
+            return self._reader.read(sample, self.shape, self._fps)
         except (DamagedSample, BadVideo) as error:
             index = self._reader.index
             shard = index.shard_paths[int(index.shard[sample])].name
             tqdm.write(f"{shard}: sample {index.key(sample)} does not count in validation or statistics: {error}")
             self._weights[place] = 0
-            return Clip(frames=np.zeros((*self._shape, 3), np.uint8), crop=(0, 0, 0, 0), captions=[], label=-1)
+            black = np.zeros((*self.shape, 3), np.uint8)
+            return Clip(pixels=black, crop=(0, 0, 0, 0), captions=[], label=-1)
 
-    def batches(self) -> "list[tuple[Tensor, list[Clip], np.ndarray, np.ndarray]]":
-        """(video uint8 B 3 T H W, clips, weights B, places B in the whole set) per batch."""
+    def batches(self) -> list[tuple[ClipBatch, np.ndarray]]:
+        """(clips with their first captions and, as positions, their places in the whole set; weights B) per batch."""
         clips = self.clips()
         result = []
         for start in range(0, len(clips), self._batch):
             part = slice(start, start + self._batch)
-            video = torch.from_numpy(np.stack([clip.frames for clip in clips[part]])).permute(0, 4, 1, 2, 3)
-            result.append((video, clips[part], self._weights[part], self._places[part]))
+            batch = collate(
+                clips[part],
+                self.shape,
+                keys=[self._reader.index.key(int(sample)) for sample in self._samples[part]],
+                captions=[clip.captions[0] if clip.captions else "" for clip in clips[part]],
+                positions=torch.from_numpy(self._places[part]),
+                step=0,
+                views=[View(start=0, crop=clip.crop, flip=False) for clip in clips[part]],
+                samples=torch.from_numpy(self._samples[part]),
+                bucket=0,
+            )
+            result.append((batch, self._weights[part]))
         return result

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sora_lite.config import DiffusionConfig, DiTConfig, FrameRule, SamplingConfig
-from sora_lite.data.loader import Clip, ClipBatch
+from sora_lite.data.loader import ClipBatch
 from sora_lite.data.order import hash_seed
 from sora_lite.diffusion.path import PathSample
 from sora_lite.diffusion.schedule import STEPS
@@ -34,7 +34,7 @@ from sora_lite.generation.pipeline import (
 from sora_lite.models.conditions import Conditions
 from sora_lite.models.dit import VideoDiT
 from sora_lite.models.patch import token_grid
-from sora_lite.models.vae import CausalVAE
+from sora_lite.models.vae import CausalVAE, Posterior
 from sora_lite.parallel.env import Rank
 from sora_lite.training.engine import Engine
 from sora_lite.training.metrics import Means, count_flops
@@ -131,19 +131,23 @@ class DiTObjective:
         )
 
     @torch.no_grad()
-    def _latents(self, video: Tensor, seeds: list[int]) -> Tensor:
-        """Normalised latents B C t h w, drawn from the posterior."""
-        size = (video.shape[2], video.shape[3], video.shape[4])
-        noise = seeded_normal(self.vae.latent_shape(*size), seeds, self.rank.device)
-        at_once = clips_at_once(*size)
-        return torch.cat(
-            [
-                self.vae.normalize(self.vae.encode(to_float(some)).sample(draw))
-                for some, draw in zip(
-                    video.to(self.rank.device, non_blocking=True).split(at_once), noise.split(at_once), strict=True
-                )
-            ]
-        )
+    def _latents(self, batch: ClipBatch, seeds: list[int]) -> Tensor:
+        """Normalised latents B C t h w, drawn from the posterior; only what comes as video is encoded."""
+        shape, device = self.vae.latent_shape(*batch.shape), self.rank.device
+        mean = torch.empty(len(seeds), *shape, device=device)
+        logvar = torch.empty_like(mean)
+        if batch.mean is not None and batch.logvar is not None:
+            mean[batch.is_latent] = batch.mean.to(device, non_blocking=True)
+            logvar[batch.is_latent] = batch.logvar.to(device, non_blocking=True)
+        decoded = (~batch.is_latent).nonzero()[:, 0]
+        at_once = clips_at_once(*batch.shape)
+        video = batch.video.to(device, non_blocking=True)
+        for rows, some in zip(decoded.split(at_once), video.split(at_once), strict=True):
+            if len(rows):
+                posterior = self.vae.encode(to_float(some))
+                mean[rows], logvar[rows] = posterior.mean, posterior.logvar
+        noise = seeded_normal(shape, seeds, device)
+        return self.vae.normalize(Posterior(mean=mean, logvar=logvar).sample(noise))
 
     def _with_frames(self, conditions: Conditions, video: Tensor, seeds: list[int]) -> Conditions:
         """The conditions, with frames of each clip B 3 T H W given as the seeds draw it."""
@@ -158,17 +162,11 @@ class DiTObjective:
         return engine(x.to(next(engine.module.parameters()).dtype), t, conditions).float()
 
     def loss(self, engine: Engine, batch: ClipBatch) -> Loss:
-        data = self._latents(batch.video, self._seed(batch, "posterior"))  # B C t h w
+        data = self._latents(batch, self._seed(batch, "posterior"))  # B C t h w
         noise = seeded_normal(data.shape[1:], self._seed(batch, "noise"), self.rank.device)
-        size = batch.video.shape
-        time = self.times(self._seed(batch, "time"), self.tokens(size[2], size[3], size[4]))  # B
+        time = self.times(self._seed(batch, "time"), self.tokens(*batch.shape))  # B
         point = self.process.point(data, noise, time)
-        requests = [
-            Request(
-                prompt=caption if self.max_bytes is not None else "", label=label if self.config.num_classes else -1
-            )
-            for caption, label in zip(batch.captions, batch.labels.tolist(), strict=True)
-        ]
+        requests = self._requests(batch)
         check_requests(requests, num_classes=self.config.num_classes, has_text=self.max_bytes is not None)
         conditions = self._conditions(self.dropped(requests, self._seed(batch, "dropout")))
         conditions = self._with_frames(conditions, batch.video, self._seed(batch, "frames"))
@@ -188,11 +186,13 @@ class DiTObjective:
     def validate(self, engine: Engine, held_out: HeldOut) -> dict[str, float]:
         """Loss at fixed times with fixed noise and all conditions; `val_loss` is the mean over the times."""
         means = Means(self.rank)
-        for video, clips, weights, places in held_out.batches():
-            data = self._latents(video, [hash_seed("validation", int(p), "posterior") for p in places])
-            conditions = self._conditions([self._request(clip) for clip in clips])
-            seeds = [hash_seed("validation", int(p), "frames") for p in places]
-            conditions = self._with_frames(conditions, video, seeds)
+        for batch, weights in held_out.batches():
+            places = batch.positions
+            data = self._latents(batch, [hash_seed("validation", int(p), "posterior") for p in places])
+            conditions = self._conditions(self._requests(batch))
+            conditions = self._with_frames(
+                conditions, batch.video, [hash_seed("validation", int(p), "frames") for p in places]
+            )
             for time in VALIDATION_TIMES:
                 noise = seeded_normal(
                     data.shape[1:], [hash_seed("validation", int(p), "noise", str(time)) for p in places], data.device
@@ -206,15 +206,20 @@ class DiTObjective:
                         means.add(f"val_{name}", value, weight)
         return means.read()
 
-    def _request(self, clip: Clip) -> Request:
-        prompt = clip.captions[0] if clip.captions and self.max_bytes is not None else ""
-        return Request(prompt=prompt, label=clip.label if self.config.num_classes else -1)
+    def _requests(self, batch: ClipBatch) -> list[Request]:
+        """What is said of each clip, as far as the model reads it."""
+        return [
+            Request(
+                prompt=caption if self.max_bytes is not None else "", label=label if self.config.num_classes else -1
+            )
+            for caption, label in zip(batch.captions, batch.labels.tolist(), strict=True)
+        ]
 
     def sample(self, engine: Engine, held_out: HeldOut, path: Path) -> None:
         """Generations for the conditions of a few held-out clips."""
         # All ranks draw the same ones, because all must call the engine equally often.
-        _, clips, _, _ = held_out.batches()[0]
-        mine = [self._request(clip) for clip in clips[:SAMPLES_SHOWN]]
+        batch, _ = held_out.batches()[0]
+        mine = self._requests(batch)[:SAMPLES_SHOWN]
         told = self.rank.gather([[request.prompt, request.label] for request in mine])[0]
         requests = [Request(prompt=prompt, label=label) for prompt, label in told]
         latents = sample_latents(

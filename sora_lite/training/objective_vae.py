@@ -72,8 +72,8 @@ class VAEObjective:
     def validate(self, engine: Engine, held_out: HeldOut) -> dict[str, float]:
         """Reconstruction of held-out clips from the posterior mean: PSNR in dB, mean over clips, and L1."""
         means = Means(self.rank)
-        for video, _, weights, _ in held_out.batches():
-            original, decoded = self._reconstruct(engine, video)
+        for batch, weights in held_out.batches():
+            original, decoded = self._reconstruct(engine, batch.video)
             # Over the pixels as they are stored, 8 bits, peak 1.
             error = (decoded.float() - original.float()) / 255
             mse = error.square().flatten(1).mean(1).clamp_min(1e-10)
@@ -95,14 +95,14 @@ class VAEObjective:
 
     def sample(self, engine: Engine, held_out: HeldOut, path: Path) -> None:
         """Held-out clips above their reconstructions."""
-        video, clips, _, _ = held_out.batches()[0]
-        original, decoded = self._reconstruct(engine, video[:4])
+        batch, _ = held_out.batches()[0]
+        original, decoded = self._reconstruct(engine, batch.video[:4])
         if self.rank.is_main:
             rows, captions = [], []
-            for i, clip in enumerate(clips[:4]):
+            for i, caption in enumerate(batch.captions[:4]):
                 for source, name in ((original, "real"), (decoded, "reconstruction")):
                     rows.append(source[i].permute(1, 2, 3, 0).cpu().numpy())
-                    captions.append(f"{name}: {clip.captions[0] if clip.captions else ''}")
+                    captions.append(f"{name}: {caption}")
             contact_sheet(rows, captions).save(path)
 
     def finish(self, engine: Engine, training: HeldOut) -> None:
@@ -110,7 +110,8 @@ class VAEObjective:
         vae = self._vae(engine)
         channels = vae.latent_channels
         total = torch.zeros(3, channels, dtype=torch.float64)
-        for video, _, weights, _ in training.batches():
+        for batch, weights in training.batches():
+            video = batch.video
             dtype = next(vae.parameters()).dtype
             shape = vae.latent_shape(video.shape[2], video.shape[3], video.shape[4])
             zero = torch.zeros(len(video), *shape, device=self.rank.device, dtype=dtype)

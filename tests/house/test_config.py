@@ -23,6 +23,7 @@ GIVEN = {
     "vae_from": "runs/vae",
     "model_from": "runs/trial/export",
     "out": "out",
+    "weights_from": "weights.pt",
     "runs": "runs",
 }
 """What only a person can say, by key."""

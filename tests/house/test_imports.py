@@ -21,7 +21,7 @@ ALLOWED = {
     "sora_lite.training": {"errors", "config", "data", "models", "diffusion", "parallel", "generation", "evaluation"},
     "sora_lite.cli": {"errors", "config", "data", "models", "diffusion", "evaluation", "generation", "training"}
     | {"parallel"},
-    "data_tools": {"errors", "config", "data", "cli"},
+    "data_tools": {"errors", "config", "data", "cli", "models", "generation", "parallel"},
 }
 
 # Library: the only files or rooms that may import it.
@@ -32,10 +32,12 @@ ONLY_IN = {
     "omegaconf": ("sora_lite.config", "sora_lite.cli", "sora_lite.training.trainer", "data_tools"),
     "torch.distributed": ("sora_lite.parallel", "sora_lite.training", "sora_lite.cli"),
     "av": ("sora_lite.data.video",),
-    "torch": ("sora_lite", "data_tools.transnet", "data_tools.score_models"),
+    "torch": ("sora_lite", "data_tools.transnet", "data_tools.score_models", "data_tools.encode"),
 }
 
-TORCH_FREE = {f"sora_lite.data.{name}" for name in ("shards", "index", "video", "order", "buckets", "compiled")}
+TORCH_FREE = {
+    f"sora_lite.data.{name}" for name in ("shards", "index", "video", "order", "buckets", "compiled", "joined")
+}
 
 
 def room(name: str) -> str | None:

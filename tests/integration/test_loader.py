@@ -43,8 +43,19 @@ def join(batches: list[ClipBatch]) -> ClipBatch:
     """The parts of one global step as one batch, in order of position."""
     positions = torch.cat([batch.positions for batch in batches])
     order = positions.argsort()
+    is_latent = torch.cat([batch.is_latent for batch in batches])
+    assert order.equal(torch.arange(len(order))) or not is_latent.any()  # ranks divide a batch by position
+
+    def together(parts: list[Tensor | None]) -> Tensor | None:
+        given = [part for part in parts if part is not None]
+        return torch.cat(given) if given else None
+
+    video = torch.cat([batch.video for batch in batches])
     return ClipBatch(
-        video=torch.cat([batch.video for batch in batches])[order],
+        video=video if is_latent.any() else video[order],
+        mean=together([batch.mean for batch in batches]),
+        logvar=together([batch.logvar for batch in batches]),
+        is_latent=is_latent[order],
         keys=list(np.concatenate([batch.keys for batch in batches])[order]),
         captions=list(np.concatenate([batch.captions for batch in batches])[order]),
         labels=torch.cat([batch.labels for batch in batches])[order],
@@ -295,10 +306,10 @@ class TestDamage:
             index = Index.load(copy, "validation")
             return HeldOut(index, count=4, shape=SHAPE, fps=None, rank=ALONE, batch=4)
 
-        ((video, _, weights, _),) = held_out().batches()
+        ((batch, weights),) = held_out().batches()
         assert weights.tolist() == [1, 1, 1, 1]
         victim = sorted(Index.load(copy, "validation").keys)[2].decode()
         damage(copy, "validation", lambda key: key == victim)
-        ((damaged, _, weights, _),) = held_out().batches()
+        ((damaged, weights),) = held_out().batches()
         assert weights.tolist() == [1, 1, 0, 1]
-        assert damaged[[0, 1, 3]].equal(video[[0, 1, 3]])
+        assert damaged.video[[0, 1, 3]].equal(batch.video[[0, 1, 3]])

@@ -38,7 +38,8 @@ class Run:
         columns |= {"shard": shard.astype(np.int32), "frames": np.full(len(shard), 17, np.int32)}
         names = [f"{self.salt}{number}-{place}" for number, one in enumerate(self.sets) for place in range(len(one))]
         return Index(
-            shard_paths=[Path(name) for name in names], shard_sha256=names, set_shards=[len(one) for one in self.sets],
+            shard_paths=[Path(name) for name in names], shard_bytes=[0] * len(names),
+            shard_sha256=names, set_shards=[len(one) for one in self.sets],
             counts=[], removed=["x"] * self.gone, by_key=np.arange(1), **columns,
         )  # fmt: skip
 

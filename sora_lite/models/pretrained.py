@@ -1,0 +1,109 @@
+"""Frozen text encoders of the field (T5, UMT5, CLIP), from a local folder that transformers has saved.
+
+Nothing is downloaded, no code of the folder runs, and weights are read from safetensors alone.
+
+Shapes: B prompts, M tokens of the longest of them, C features of a token, P pooled features.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sora_lite.errors import UserError
+
+KINDS = {
+    "t5": "T5EncoderModel",
+    "umt5": "UMT5EncoderModel",
+    "clip": "CLIPTextModel",
+    "clip_text_model": "CLIPTextModel",
+}
+"""`model_type` of a folder's config.json, and the class of transformers that reads it."""
+_READ = (".json", ".safetensors", ".model", ".txt")
+"""Files of a folder that decide what the encoder gives: configuration, weights and tokenizer."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class TextFeatures:
+    """features: B M C, zero at padding. mask: B M bool, True where a token is real. pooled: B P, of CLIP alone."""
+
+    features: Tensor
+    mask: Tensor
+    pooled: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.features.ndim != 3 or self.mask.shape != self.features.shape[:2] or self.mask.dtype != torch.bool:
+            raise ValueError(f"text features {tuple(self.features.shape)} with a mask {tuple(self.mask.shape)}")
+        if self.pooled is not None and (self.pooled.ndim != 2 or len(self.pooled) != len(self.features)):
+            raise ValueError(f"text features {tuple(self.features.shape)} with pooled {tuple(self.pooled.shape)}")
+
+
+class FrozenTextEncoder(nn.Module):
+    """A pretrained text encoder with its tokenizer. The empty prompt is "no text", the null condition.
+
+    Args:
+        folder: as transformers' `save_pretrained` of model and tokenizer writes it.
+        max_tokens: longest prompt; longer ones are cut (CLIP reads 77 at most).
+
+    Raises:
+        UserError: the folder is not one of these, lacks something, or wants to run code of its own.
+    """
+
+    def __init__(self, folder: Path, max_tokens: int) -> None:
+        super().__init__()
+        self.folder, self.max_tokens = folder, max_tokens
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; name one that transformers has saved on this machine")
+        self.model, self._tokenizer = _load(folder)
+        longest = getattr(self.model.config, "max_position_embeddings", None)  # None where positions are relative
+        self.max_tokens = min(max_tokens, longest or max_tokens)
+        self.width: int = self.model.config.hidden_size
+        self.pools = "clip" in self.model.config.model_type
+        self.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, prompts: Sequence[str]) -> TextFeatures:
+        """Features of prompts, on the encoder's device."""
+        tokens = self._tokenizer(
+            list(prompts), padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
+        ).to(self.model.device)
+        mask = tokens["attention_mask"]  # B M
+        out = self.model(input_ids=tokens["input_ids"], attention_mask=mask)
+        features = out.last_hidden_state.float() * mask.unsqueeze(-1)  # B M C
+        return TextFeatures(
+            features=features, mask=mask.bool(), pooled=out.pooler_output.float() if self.pools else None
+        )
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the names and contents of the folder's files, and `max_tokens`."""
+        digest = hashlib.sha256(str(self.max_tokens).encode())
+        for path in sorted(self.folder.iterdir()):
+            if path.suffix in _READ and path.is_file():
+                digest.update(path.name.encode())
+                with path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+
+def _load(folder: Path) -> tuple[Any, Any]:
+    """(model, tokenizer) of a folder."""
+    import transformers  # seconds, and only models with such an encoder need it
+
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(folder), **local)
+        if config.model_type not in KINDS:
+            raise UserError(f"{folder}: holds a {config.model_type}, not one of {', '.join(sorted(KINDS))}")
+        kind = getattr(transformers, KINDS[config.model_type])
+        model = kind.from_pretrained(str(folder), local_files_only=True, use_safetensors=True, dtype=torch.float32)
+        return model, transformers.AutoTokenizer.from_pretrained(str(folder), **local)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{folder}: is no text encoder that transformers has saved with its tokenizer ({why}); "
+            "save both with save_pretrained, weights as safetensors"
+        ) from error

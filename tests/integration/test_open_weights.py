@@ -1,0 +1,178 @@
+"""Published weights in and out by the command line, and what `inspect` says of the models."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_inputs import call
+from torch import Tensor, nn
+
+from sora_lite.cli.compose import compose
+from sora_lite.cli.inspect import inspect_model
+from sora_lite.generation.export import load_transformer
+from sora_lite.models.conditions import Conditions
+
+diffusers = pytest.importorskip("diffusers")
+
+PAPERS_TABLE = {
+    "s_2": (33, 6.06), "s_4": (33, 1.41), "s_8": (33, 0.36), "b_2": (130, 23.01), "b_4": (130, 5.56),
+    "b_8": (131, 1.42), "l_2": (458, 80.71), "l_4": (458, 19.70), "l_8": (459, 5.01), "xl_2": (675, 118.64),
+    "xl_4": (675, 29.05), "xl_8": (676, 7.39),
+}  # fmt: skip
+"""Parameters in millions and Gflops (multiply-adds at 256 x 256) of table 4 in arXiv 2212.09748."""
+
+
+@pytest.mark.parametrize("size", PAPERS_TABLE)
+def test_sizes_and_work_are_the_papers(size: str) -> None:
+    facts = inspect_model(compose("inspect", [f"model=dit_{size}"]))
+    parameters, gflops = PAPERS_TABLE[size]
+    assert round(facts["parameters"] / 1e6) == parameters
+    assert facts["gflops"] == pytest.approx(gflops, abs=0.0065)  # B/4 is cut in the table, the others are rounded
+
+
+def test_wan_has_the_size_of_wan() -> None:
+    for name, parameters in (("wan_1_3b", 1_418_996_800), ("wan_14b", 14_288_491_584)):
+        with torch.device("meta"):
+            heads, depth, ffn = (12, 30, 8960) if name == "wan_1_3b" else (40, 40, 13824)
+            theirs = diffusers.WanTransformer3DModel(num_attention_heads=heads, num_layers=depth, ffn_dim=ffn)
+        assert sum(parameter.numel() for parameter in theirs.parameters()) == parameters
+        assert inspect_model(compose("inspect", [f"model={name}"]))["parameters"] == parameters
+
+
+def test_memory_follows_from_what_is_kept(capsys: pytest.CaptureFixture) -> None:
+    facts = inspect_model(compose("inspect", ["model=video_s", "precision=fp32"]))
+    p = facts["parameters"]
+    assert (facts["weights_bytes"], facts["gradients_bytes"], facts["optimizer_bytes"]) == (4 * p, 4 * p, 8 * p)
+    half = inspect_model(compose("inspect", ["model=video_s"]))
+    assert (half["weights_bytes"], half["optimizer_bytes"]) == (2 * p, 12 * p)
+    more = inspect_model(compose("inspect", ["model=video_s", "precision=fp32", "model.depth=24"]))
+    tokens, width = 1280, 384
+    per_block = (more["activations_per_clip_bytes"] - facts["activations_per_clip_bytes"]) / 12 / (4 * tokens * width)
+    # In widths of a token: norms, q, k, v, what attention gives, the MLP's 4 + 4; and cross-attention.
+    assert 14 < per_block < 34
+    assert call("inspect", "model=dit_xl_2", "format=json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["parameters"] == 674_834_720 and round(printed["gflops"], 2) == 118.64
+    assert call("inspect", "model=wan_1_3b") == 0
+    assert "GiB" in (told := capsys.readouterr().out) and "assumes one process" in told
+
+
+def tiny_wan() -> nn.Module:
+    torch.manual_seed(0)
+    return diffusers.WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=10, ffn_dim=40,
+        num_layers=2, rope_max_seq_len=32,
+    ).eval()  # fmt: skip
+
+
+def contents(folder: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.mark.parametrize("form", ["folder", "shards", "pipeline"])
+def test_wan_in_and_out(tmp_path: Path, form: str) -> None:
+    """From a folder of diffusers, whole or in pieces, to an export, and back to the very same weights."""
+    theirs = tiny_wan()
+    source = tmp_path / "wan"
+    inner = source / "transformer" if form == "pipeline" else source
+    theirs.save_pretrained(inner, max_shard_size="20KB" if form == "shards" else "10GB")
+    assert (len(list(inner.glob("*.safetensors"))) > 1) == (form == "shards")
+    assert call("import", f"weights_from={source}", f"out={tmp_path / 'ours'}") == 0
+    ours, contract = load_transformer(tmp_path / "ours")
+    assert contract.vae_fingerprint is None and contract.weights == "imported"
+    x, text = torch.randn(2, 4, 3, 4, 6), torch.randn(2, 7, 10)
+    expected = theirs(x, timestep=torch.tensor([500.0, 20.0]), encoder_hidden_states=text).sample
+    out = ours(x, torch.tensor([0.5, 0.02]), Conditions(text=text))
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    assert call("export", f"run={tmp_path / 'ours'}", "layout=diffusers", f"out={tmp_path / 'back'}") == 0
+    again = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "back")
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    assert call("import", f"weights_from={tmp_path / 'back'}", f"out={tmp_path / 'twice'}") == 0
+    assert (tmp_path / "twice/model.safetensors").read_bytes() == (tmp_path / "ours/model.safetensors").read_bytes()
+
+
+def test_dit_in_and_out(tmp_path: Path) -> None:
+    theirs = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
+        num_embeds_ada_norm=5, norm_eps=1e-6,
+    ).eval()  # fmt: skip
+    theirs.transformer_blocks[1].norm1.emb = theirs.transformer_blocks[0].norm1.emb
+    theirs.save_pretrained(tmp_path / "dit", safe_serialization=False)
+    assert call("import", f"weights_from={tmp_path / 'dit'}", f"out={tmp_path / 'no'}") == 2  # not safetensors
+    from safetensors.torch import save_file
+
+    weights = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
+    save_file(weights, tmp_path / "dit/diffusion_pytorch_model.safetensors", {"format": "pt"})
+    assert call("import", f"weights_from={tmp_path / 'dit'}", f"out={tmp_path / 'ours'}") == 0
+    assert load_transformer(tmp_path / "ours")[1].clip == [1, 64, 64]
+    assert call("export", f"run={tmp_path / 'ours'}", "layout=diffusers", f"out={tmp_path / 'back'}") == 0
+    again = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path / "back").eval()
+    x, step, label = torch.randn(2, 4, 8, 8), torch.tensor([3, 990]), torch.tensor([5, 1])
+    assert torch.equal(again(x, step, label).sample, theirs(x, step, label).sample)
+    back = contents(tmp_path / "back")
+    assert back.keys() == weights.keys() and all(torch.equal(back[name], weights[name]) for name in weights)
+
+
+def test_a_file_of_the_paper(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A `.pt` file with the names of the published ones; one that is more than tensors runs nothing."""
+    from sora_lite.models.adapters import paper_entries, to_theirs
+    from sora_lite.models.dit import VideoDiT
+    from sora_lite.models.positions import sincos
+
+    torch.manual_seed(0)
+    with torch.device("cpu"):
+        architecture = {
+            "channels": 4, "width": 384, "depth": 1, "heads": 6, "num_classes": 3, "positions": "sincos",
+            "qk_norm": "none", "gelu": "tanh", "learn_variance": True,
+        }  # fmt: skip
+        model = VideoDiT(**architecture, patch=(1, 2, 2))
+    nn.init.normal_(model.final.out.weight)
+    table = sincos((1, 16, 16), 384, torch.device("cpu"))[0][None]
+    published = to_theirs(paper_entries(architecture | {"patch": [1, 2, 2]}), model.state_dict()) | {"pos_embed": table}
+    assert {"x_embedder.proj.weight", "blocks.0.attn.qkv.weight", "final_layer.adaLN_modulation.1.bias"} <= set(
+        published
+    )
+    torch.save(published, tmp_path / "dit.pt")
+    assert call("import", f"weights_from={tmp_path / 'dit.pt'}", f"out={tmp_path / 'ours'}") == 0
+    ours, contract = load_transformer(tmp_path / "ours")
+    assert contract.clip == [1, 256, 256]
+    x, given = torch.randn(1, 4, 1, 32, 32), Conditions(labels=torch.tensor([3]))
+    time = torch.tensor([0.999], dtype=torch.float64)
+    assert torch.equal(ours(x, time, given), model(x, time, given))
+
+    capsys.readouterr()
+    for name, saved, says in (
+        ("code.pt", {"model": published, "args": Namespace(a=1)}, "more or other than tensors"),
+        ("nested.pt", {"ema": published}, "save its `ema` alone"),
+        ("moved.pt", published | {"pos_embed": table + 0.1}, "sines and cosines"),
+        ("other.pt", {"a": torch.zeros(1)}, "not those of the paper's DiT"),
+    ):
+        torch.save(saved, tmp_path / name)
+        assert call("import", f"weights_from={tmp_path / name}", f"out={tmp_path / 'no'}") == 2
+        error = capsys.readouterr().err
+        assert says in error and name in error and error.count("\n") == 1
+    (tmp_path / "dit.pt").write_bytes(b"rubbish")
+    assert call("import", f"weights_from={tmp_path / 'dit.pt'}", f"out={tmp_path / 'no'}") == 2
+    assert call("import", f"weights_from={tmp_path / 'absent.pt'}", f"out={tmp_path / 'no'}") == 2
+    assert not (tmp_path / "no").exists()
+
+
+def test_what_cannot_be_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    tiny_wan().save_pretrained(tmp_path / "wan")
+    config = json.loads((tmp_path / "wan/config.json").read_text())
+    for change, says in (
+        ({"_class_name": "UNet"}, "cannot be imported"),
+        ({"image_dim": 5}, "image_dim=5 is not supported"),
+    ):
+        (tmp_path / "wan/config.json").write_text(json.dumps(config | change))
+        assert call("import", f"weights_from={tmp_path / 'wan'}", f"out={tmp_path / 'no'}") == 2
+        assert says in capsys.readouterr().err
+    (tmp_path / "wan/config.json").write_text(json.dumps(config))
+    assert call("import", f"weights_from={tmp_path / 'wan'}", f"out={tmp_path / 'ours'}") == 0
+    assert call("generate", f"model_from={tmp_path / 'ours'}", "prompts=[a]", f"out={tmp_path / 'clips'}") == 2
+    assert "its VAE is none of this project" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Saving and restoring one rank's checkpoint, hashes included, against raw writing, copying and reading of as many bytes.
+"""Saving and restoring a checkpoint of one rank, hashes included, against raw writing, copying and reading.
 
 Wall-clock time, since disks and threads are what is measured: candidates take turns, and the median speaks.
 """

@@ -586,6 +586,9 @@ class DiffusionConfig:
 class BaseTrainConfig:
     """What training a VAE and training a DiT have in common."""
 
+    init_from: str | None = None
+    """Start from these weights: an export, or a run folder that holds one. A run that has a checkpoint goes on from
+    that instead."""
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -80,6 +80,7 @@ RULES: dict[str, tuple[Rule, str]] = {
     "optim.lr": (_FREE, "people lower it by hand"),
     "optim.warmup_steps": (_FREE, "part of the schedule"),
     "optim.schedule": (_FREE, "part of the schedule"),
+    "init_from": (_FREE, "a run that goes on does not look there"),
     "optim.final_lr": (_FREE, "part of the schedule"),
     "optim.betas": (_KEPT, "the moments in the checkpoint were made with it"),
     "optim.eps": (_KEPT, "the update's meaning"),

@@ -303,7 +303,7 @@ class DataConfig:
     """Which shards are read and how samples become batches."""
 
     shards: str | None = MISSING
-    """Folder of shards with a manifest.json, as `sora-data run` writes it; or give `data.sets`."""
+    """Folder of shards with a manifest.json, as `sora-data run` writes it, or its URL; or give `data.sets`."""
     sets: list[SetRule] = field(default_factory=list)
     """Several data sets that are mixed, instead of `data.shards`."""
     latents: str | None = None
@@ -311,7 +311,17 @@ class DataConfig:
     image_ratio: float | None = None
     """Part of the samples that are stills (buckets of 1 frame), in (0, 1); null: as they come. Weights hold in both."""
     cache: str | None = None
-    """Folder for the compiled index, which all ranks see; by default .cache in the (first) folder of shards."""
+    """Folder for the compiled index, which all ranks see; by default .cache in the (first) folder of shards, or, where
+    that is a URL, in `shard_cache`."""
+    shard_cache: str = "~/.cache/sora_lite"
+    """Folder on a disk of each machine where shards behind URLs are kept; runs may share it."""
+    shard_cache_gb: float = 64.0
+    """What `shard_cache` may hold, in GiB: at least block_shards shards of each bucket and data set, and twice that to
+    fetch ahead. What is in use stays, even above it."""
+    io_timeout: float = 60.0
+    """Seconds of silence, or of less than 1 MiB, after which a remote read is tried again."""
+    io_retries: int = 6
+    """How often in a row a read is tried again, with growing pauses, before the run stops."""
     fps: float | None = None
     """Frames per second that the model sees; null keeps each clip's own rate."""
     buckets: list[BucketRule] = MISSING
@@ -330,6 +340,8 @@ class DataConfig:
     """Mirror half of the clips left to right. Off where direction or writing carries meaning."""
     workers: int = 2
     """Decoding processes per rank; 0 decodes in the training process."""
+    worker_timeout: float = 900.0
+    """Seconds that a batch is waited for before its decoding process counts as hanging and is started anew."""
     decoder: Decoder = Decoder.pyav
     """Library that decodes the clips."""
     cache_mb: int = 0
@@ -574,6 +586,9 @@ class DiffusionConfig:
 class BaseTrainConfig:
     """What training a VAE and training a DiT have in common."""
 
+    init_from: str | None = None
+    """Start from these weights: an export, or a run folder that holds one. A run that has a checkpoint goes on from
+    that instead."""
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -917,6 +932,9 @@ def _check_run(config: BaseTrainConfig) -> None:
     _check_sets(data)
     _require(data.fps is None or data.fps > 0, "data.fps", f"must be above 0, or null, not {data.fps}")
     _require(data.workers >= 0, "data.workers", f"must be at least 0, not {data.workers}")
+    _require(data.io_retries >= 0, "data.io_retries", f"must be at least 0, not {data.io_retries}")
+    for key in ("shard_cache_gb", "io_timeout", "worker_timeout"):
+        _require(getattr(data, key) > 0, f"data.{key}", f"must be above 0, not {getattr(data, key)}")
     _require(len(data.buckets) > 0, "data.buckets", "is empty; give at least one row {resolution: [H, W], frames: T}")
     for i, rule in enumerate(data.buckets):
         key = f"data.buckets[{i}]"

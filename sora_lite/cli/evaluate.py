@@ -16,6 +16,7 @@ from sora_lite.cli.evaluate_frames import evaluate_frames
 from sora_lite.config import EvaluateConfig
 from sora_lite.data.index import Index
 from sora_lite.data.loader import ClipReader
+from sora_lite.data.remote import Location, locate
 from sora_lite.diffusion.process import Process
 from sora_lite.errors import UserError
 from sora_lite.evaluation.judge import Judge, accuracy, nearest_distances, psnr_db, train_judge
@@ -31,7 +32,7 @@ class LabelledClips:
     clips: uint8 N T H W 3. values: attribute -> one text per clip. requests: what makes a model show the like.
     """
 
-    def __init__(self, shards: Path, split: str, attributes: list[str], contract: Contract) -> None:
+    def __init__(self, shards: Location, split: str, attributes: list[str], contract: Contract) -> None:
         index = Index.load(shards, split)
         reader = ClipReader(index, cache_bytes=0)
         shape = (contract.clip[0], contract.clip[1], contract.clip[2])
@@ -73,7 +74,7 @@ def main(config: EvaluateConfig) -> None:
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """All figures. Accuracies are fractions of clips, distances root mean squares of pixels in [0, 1]."""
     dit, vae, contract = load_dit(Path(config.model_from))
-    shards = Path(config.shards)
+    shards = locate(config.shards, "shards")
     train = LabelledClips(shards, "train", config.attributes, contract)
     held_out = LabelledClips(shards, "validation", config.attributes, contract)
     classes = {name: sorted(set(train.values[name]) | set(held_out.values[name])) for name in config.attributes}

@@ -9,6 +9,7 @@ from tqdm import tqdm
 from sora_lite.config import GenerateConfig, PositionScaling
 from sora_lite.data.index import Index
 from sora_lite.data.loader import ClipReader
+from sora_lite.data.remote import Location, locate
 from sora_lite.data.shards import Manifest
 from sora_lite.data.video import write_mp4
 from sora_lite.diffusion.process import Process
@@ -74,7 +75,7 @@ def check(config: GenerateConfig) -> None:
     if config.fps is not None and config.fps <= 0:
         raise UserError(f"fps: must be above 0, not {config.fps:g}")
     if config.shards:
-        Manifest.load(Path(config.shards))
+        Manifest.load(locate(config.shards, "shards"))
     if config.run and not (Path(config.run) / RECORD).is_file():
         raise UserError(f"run: {Path(config.run) / RECORD} does not exist; name the folder of a training run")
 
@@ -124,7 +125,7 @@ def write(
         write_mp4(out / name, clip, fps)
         generated.append(PageClip(file=name, caption=caption))
     contact_sheet(clips, captions, given=given).save(out / "contact_sheet.png")
-    real = _real_clips(out, set(captions), Path(config.shards), contract, fps) if config.shards else []
+    real = _real_clips(out, set(captions), locate(config.shards, "shards"), contract, fps) if config.shards else []
     if config.run:
         loss_plot(Path(config.run) / RECORD, out / "loss.png")
     write_page(
@@ -140,7 +141,7 @@ def write(
     )
 
 
-def _real_clips(out: Path, captions: set[str], shards: Path, contract: Contract, fps: float) -> list[PageClip]:
+def _real_clips(out: Path, captions: set[str], shards: Location, contract: Contract, fps: float) -> list[PageClip]:
     """For each caption a held-out clip that has it, where there is one, at the model's size."""
     index = Index.load(shards, "validation")
     reader = ClipReader(index, cache_bytes=0)

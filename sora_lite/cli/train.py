@@ -1,8 +1,10 @@
 """`sora-lite train` and `sora-lite train-vae`."""
 
+import json
 import os
 import sys
 import traceback
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -16,6 +18,7 @@ from sora_lite.generation.export import load_vae
 from sora_lite.generation.export import write as write_export
 from sora_lite.parallel.env import Rank, init_rank, shutdown
 from sora_lite.training.engine import release_groups
+from sora_lite.training.init_from import RECORD, Row, start_from, table
 from sora_lite.training.lease import hold
 from sora_lite.training.objective import Objective
 from sora_lite.training.objective_dit import DiTObjective
@@ -68,6 +71,9 @@ def train(config: TrainConfig | TrainVAEConfig, rank: Rank) -> None:
             config.model, config.diffusion, vae, frames=config.frames, seed=config.run.seed, rank=rank
         )
     check_buckets(config, objective)
+    folder = Path(config.run.root) / config.run.name
+    going_on = rank.gather((folder / "checkpoints").is_dir())[0]
+    rows = None if going_on or config.init_from is None else start(config.init_from, objective)
     trainer = Trainer(config, objective, rank)
     # Only now: a command that is refused above leaves no folder, and takes no run from a job that trains.
     with hold(trainer.folder, rank, take_over=config.run.take_over) as lease:
@@ -75,8 +81,19 @@ def train(config: TrainConfig | TrainVAEConfig, rank: Rank) -> None:
         if rank.is_main:
             if isinstance(objective, DiTObjective):  # a run holds all that its export needs
                 write_export(trainer.folder / "vae", vae_contract, vae.state_dict())
+            if rows is not None:
+                (trainer.folder / RECORD).write_text(json.dumps([asdict(row) for row in rows], indent=2))
+                print("\n".join(table(rows)))
+            elif config.init_from is not None:
+                print(f"init_from: not looked at, since {trainer.folder} goes on from its checkpoint")
             print("\n".join([*describe(config, trainer.loader), *missing_conditions(config, trainer.loader.index)]))
         trainer.run()
+
+
+def start(init_from: str, objective: DiTObjective | VAEObjective) -> list[Row]:
+    """Give the module the weights of an export, as far as they fit."""
+    patch = tuple(objective.config.patch) if isinstance(objective, DiTObjective) else None
+    return start_from(Path(init_from), objective.name, objective.module, patch)
 
 
 def check_buckets(config: BaseTrainConfig, objective: Objective) -> None:

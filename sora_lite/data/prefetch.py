@@ -47,6 +47,7 @@ class Prefetcher:
             if self._process is not None:
                 self._process.kill()
                 self._process.join()
+                self._process = None
 
     def go_on(self, step: int) -> bool:
         """Tell that training is at a step. Returns whether the process had died and was started anew."""
@@ -87,20 +88,21 @@ class Prefetcher:
                 if step > self._position.value and sum(sizes[shard] for shard in missing) > room:
                     time.sleep(0.1)
                     continue
-                held |= dict(zip(missing, pool.map(self._hold, missing), strict=True))
+                try:
+                    held |= dict(zip(missing, pool.map(self._hold, missing), strict=True))
+                except UserError:
+                    return  # the worker that needs it says so
                 needed |= dict.fromkeys(shards, step)
                 step += 1
             while self._position.value < self._stop and os.getppid() == parent:
                 time.sleep(0.5)  # what is held stays until the last step
 
     def _hold(self, shard: int) -> int | None:
-        """A descriptor of a shard in the cache; None if there is no room, or if a worker will say why not."""
+        """A descriptor of a shard in the cache; None if there is no room."""
         cache, url, counts = self._index.shard_cache or default_cache(), self._index.shard_paths[shard], ReadCounts()
         assert isinstance(url, Url)
         try:
             return cache.hold(url, self._index.shard_sha256[shard], self._index.shard_bytes[shard], counts, force=False)
-        except UserError:
-            return None
         finally:
             self._counts[0] += counts.bytes_fetched
             self._counts[1] += counts.io_retries

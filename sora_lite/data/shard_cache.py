@@ -2,6 +2,7 @@
 
 FOLDER/SHA256.tar               a whole shard that had this SHA-256; its time of modification is when it was last opened
 FOLDER/SHA256.BYTES.partial     one that is being fetched, or that a killed process has left: the next goes on there
+FOLDER/SHA256.failed            why the last try to fetch it was given up: those who waited for that try need none more
 FOLDER/lock                     held while room is made
 
 All marks of what is in use are locks on these files (flock), so they end with the process that held them, however it
@@ -89,8 +90,8 @@ class ShardCache:
 
     def _fetch(self, url: Url, sha256: str, size: int, counts: ReadCounts, force: bool) -> bool:
         """Bring a shard in, or wait for another process that does. Returns whether there was room."""
-        partial = self.folder / f"{sha256}.{size}.partial"
-        with self._sole(partial) as file:
+        partial, failed = self.folder / f"{sha256}.{size}.partial", self.folder / f"{sha256}.failed"
+        with self._sole(partial, failed) as file:
             if self._path(sha256).exists():  # another process has just finished it
                 partial.unlink(missing_ok=True)
                 return True
@@ -101,26 +102,29 @@ class ShardCache:
                 fetch(url, _PartialShard(file, sha256, size), self.patience, counts)
             except FileNotFoundError as error:
                 raise UserError(f"{url}: the shard is missing ({error}); restore it or pack the videos again") from None
+            except UserError as error:
+                failed.write_text(str(error))
+                raise
             os.replace(partial, self._path(sha256))
         return True
 
     @contextmanager
-    def _sole(self, partial: Path) -> Iterator[IO[bytes]]:
-        """The partial file of a shard, opened by this process alone."""
+    def _sole(self, partial: Path, failed: Path) -> Iterator[IO[bytes]]:
+        """The partial file of a shard, opened by this process alone. UserError if who had it before has given up."""
+        begun = time.time()
         self.folder.mkdir(parents=True, exist_ok=True)
         while True:
             with os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=_CHUNK) as file:
-                self._wait_for(file, partial)
-                try:
-                    current = os.fstat(file.fileno()).st_ino == partial.stat().st_ino
-                except FileNotFoundError:  # it was finished while we waited
-                    current = False
-                if current:
+                self._wait_for(file, partial, failed, begun)
+                if _is_at(file, partial):
                     yield file
                     return
 
-    def _wait_for(self, file: IO[bytes], partial: Path) -> None:
-        """Lock a partial file. Whoever holds it is waited for as long as it grows, or may be pausing between tries."""
+    def _wait_for(self, file: IO[bytes], partial: Path, failed: Path, begun: float) -> None:
+        """Lock a partial file, or return when it has been finished: as a shard it is locked by those who read it.
+
+        Whoever holds it is waited for as long as it grows, or may be pausing between tries.
+        """
         seen, since = -1, time.monotonic()
         while True:
             try:
@@ -128,6 +132,10 @@ class ShardCache:
                 return
             except BlockingIOError:
                 pass
+            if not _is_at(file, partial):
+                return
+            if failed.exists() and failed.stat().st_mtime > begun:
+                raise UserError(failed.read_text())
             if (now := os.fstat(file.fileno()).st_size) != seen:
                 seen, since = now, time.monotonic()
             elif time.monotonic() - since > 2 * self.patience.timeout + 600:
@@ -239,6 +247,13 @@ class _PartialShard:
         self._file.seek(0)
         self._file.truncate()
         self._digest = hashlib.sha256()
+
+
+def _is_at(file: IO[bytes], path: Path) -> bool:
+    try:
+        return os.fstat(file.fileno()).st_ino == path.stat().st_ino
+    except FileNotFoundError:
+        return False
 
 
 def _delete_unused(path: str) -> bool:

@@ -130,16 +130,33 @@ def load_transformer(folder: Path) -> tuple[VideoDiT, Contract]:
 
 
 def _load(module: nn.Module, folder: Path, contract: Contract) -> None:
+    try:
+        module.load_state_dict(_read(folder, contract))
+    except RuntimeError as error:
+        raise UserError(f"{folder / _WEIGHTS}: does not fit its contract ({error}); export the run again") from error
+    module.eval().requires_grad_(False)
+
+
+def read_weights(folder: Path, kind: str) -> tuple[dict[str, Tensor], Contract]:
+    """Weights by name, fp32, and the contract of an export or run folder.
+
+    Raises:
+        UserError: there is no export, it is of another kind, or it is damaged.
+    """
+    folder, contract = read_contract(folder, kind)
+    return _read(folder, contract), contract
+
+
+def _read(folder: Path, contract: Contract) -> dict[str, Tensor]:
     path = folder / _WEIGHTS
     if not path.is_file():
         raise UserError(f"{path}: is missing; export the run again")
     if _sha256(path) != contract.sha256:
         raise UserError(f"{path}: is damaged (its SHA-256 is not the contract's); export the run again")
     try:
-        module.load_state_dict(load_file(path))
-    except (SafetensorError, RuntimeError) as error:
-        raise UserError(f"{path}: does not fit its contract ({error}); export the run again") from error
-    module.eval().requires_grad_(False)
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path}: is no safetensors file ({error}); export the run again") from error
 
 
 def _sha256(path: Path) -> str:

@@ -28,12 +28,15 @@ from sora_lite.data.buckets import Budget, Row, rows_from
 from sora_lite.data.compiled import open_buckets, open_index
 from sora_lite.data.index import Index
 from sora_lite.data.joined import Joined, open_join
-from sora_lite.data.loader import BadSample, ClipBatch, ClipLoader
+from sora_lite.data.loader import ClipBatch, ClipLoader
+from sora_lite.data.remote import Patience, locate
+from sora_lite.data.shard_cache import ShardCache
 from sora_lite.errors import Interrupted, UserError
 from sora_lite.parallel.apply import apply_activation_checkpointing
 from sora_lite.parallel.env import Rank
 from sora_lite.training.attempt import EVENTS, append_event, code_version, write_attempt
 from sora_lite.training.checkpoint import Saver
+from sora_lite.training.data_record import DataRecord
 from sora_lite.training.ema import EMA
 from sora_lite.training.engine import Engine
 from sora_lite.training.guards import UpdateGuard
@@ -151,8 +154,9 @@ class Trainer:
         self.ema = EMA(self.engine, optim.ema_decay, on_cpu=optim.ema_on_cpu) if optim.ema_decay > 0 else None
         self.wandb_id: str | None = None
         self.tracker: Tracker | None = None
+        self.data = DataRecord(self.folder, config.data, self.loader, rank)
         self.guard = UpdateGuard(config.guard)
-        self.seen = self.bad = self.left_out = self.rollbacks = 0
+        self.left_out = self.rollbacks = 0
         self.jump = 0
         """Steps of data that rollbacks have passed over: step n trains on step n + jump of the order."""
         self.flops = 0
@@ -318,30 +322,19 @@ class Trainer:
             means.add("loss", loss.loss.detach(), finite.double())
             for name, (value, weight) in loss.parts.items():
                 means.add(name, value, weight)
-        bad: list[BadSample] = [one for batch in batches for one in batch.bad]
+        self.data.count(batches)
+        for one in (one for batch in batches for one in batch.bad):
+            self._say(f"{one.shard}: sample {one.key} replaced by {one.replaced_by}: {one.reason}", everyone=True)
         for batch in batches:
             shape = batch.shape
             if self.loader.latents is not None:
                 means.add("from_latents", batch.is_latent.double().mean(), len(batch.keys))
             clips = len(batch.keys) * self.rank.world_size
-            self.seen += clips
             clock.clips += clips
             clock.tokens += clips * self.objective.tokens(*shape)
             flops = 3 * clips * self._forward_flops(shape)
             clock.flops += flops
             self.flops += flops
-        for one in bad:
-            self._say(f"{one.shard}: sample {one.key} replaced: {one.reason}", everyone=True)
-        means.add("bad_samples", len(bad), 1.0)
-        self.bad += len(bad)
-        limit = self.config.data.max_bad_fraction
-        # This rank's share of what was seen; a handful is no ground to stop.
-        if self.bad > 10 and self.bad * self.rank.world_size > limit * self.seen:
-            verify = ", ".join(f"`sora-data verify {folder}`" for folder in self.config.data.folders)
-            raise UserError(
-                f"data.max_bad_fraction: {self.bad} damaged samples so far on rank {self.rank.rank}, more than "
-                f"{limit:.2%} (the last: {bad[-1].shard}, {bad[-1].reason}); run {verify}"
-            )
 
     # ------------------------------------------------------------------------------------------------ side jobs
 
@@ -359,9 +352,8 @@ class Trainer:
             "data_wait": clock.waited / seconds,
             "left_out": self.left_out,
             "flops": self.flops,
+            **self.data.line(self.step + self.jump),
         }
-        passes = self.loader.order.passes(self.step - 1 + self.jump)
-        values |= {"pass": passes[0]} if len(passes) == 1 else {f"pass_{i}": one for i, one in enumerate(passes)}
         clock.restart()
         if self.tracker:
             self.tracker.log(self.step, values)
@@ -503,8 +495,13 @@ class Clock:
 
 def load_split(data: DataConfig, split: str, rank: Rank, *, required: bool = True) -> Index:
     """The index of one split of the configured data sets, mapped by every rank. All ranks call it."""
-    folders, cache = [Path(folder) for folder in data.folders], Path(data.cache) if data.cache else None
-    index = rank.main_first(lambda: open_index(folders, split, cache=cache, check=rank.is_main))
+    folders = [locate(folder, data.key_of(number)) for number, folder in enumerate(data.folders)]
+    patience = Patience(retries=data.io_retries, timeout=data.io_timeout)
+    shard_cache = ShardCache(Path(data.shard_cache).expanduser(), int(data.shard_cache_gb * 2**30), patience)
+    cache = Path(data.cache) if data.cache else None
+    index = rank.main_first(
+        lambda: open_index(folders, split, cache=cache, shard_cache=shard_cache, check=rank.is_main)
+    )
     for number, samples in enumerate(index.set_samples()):
         if required and samples == 0:
             raise UserError(
@@ -566,6 +563,8 @@ def make_loader(
         world_size=rank.world_size,
         accumulation=config.parallel.accumulation,
         workers=data.workers,
+        worker_timeout=data.worker_timeout,
+        say=tqdm.write,
         cache_bytes=data.cache_mb * 2**20,
         decoder=data.decoder.value,
         pin=torch.device(rank.device).type == "cuda",

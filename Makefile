@@ -65,7 +65,7 @@ format: $(STAMP)  ## format and fix what can be fixed
 	$(BIN)/ruff format .
 
 .PHONY: bench
-bench: $(STAMP)  ## measure against the plain way to do the same: packing, cuts, decoding, reading, steps
+bench: $(STAMP)  ## measure against the plain way to do the same: packing, cuts, decoding, reading, saving, steps
 	$(BIN)/python -m benchmarks $(ARGS)
 
 .PHONY: wheel

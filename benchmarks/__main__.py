@@ -5,7 +5,7 @@ import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
-from benchmarks import balance, cuts, decoding, loading, order, packing, reading, step
+from benchmarks import balance, cuts, decoding, loading, order, packing, reading, saving, step
 
 TABLES = {
     "balance": balance.main,
@@ -15,6 +15,7 @@ TABLES = {
     "order": order.main,
     "packing": packing.main,
     "reading": reading.main,
+    "saving": saving.main,
     "step": step.main,
 }
 

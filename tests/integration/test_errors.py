@@ -178,9 +178,10 @@ class TestCheckpoint:
     @pytest.mark.parametrize("name", ["dit-rank_00000.safetensors", "state.json", "manifest.json"])
     def test_damaged(self, tiny: Tiny, runs: Path, refused: Refused, name: str) -> None:
         flip_byte(checkpoint(runs) / name)
-        for words in (train_words(tiny, runs, "run.steps=4"), ["export", f"run={runs / 'tiny'}"]):
-            line = refused(*words)
-            assert f"{checkpoint(runs) / name} is damaged" in line and "step_... directory's name" in line
+        damage = f"{checkpoint(runs) / name} is damaged"
+        line = refused(*train_words(tiny, runs, "run.steps=4"))
+        assert damage in line and "no checkpoint of this run is good" in line
+        assert damage in refused("export", f"run={runs / 'tiny'}")
 
     def test_short_or_missing_file(self, tiny: Tiny, runs: Path, refused: Refused) -> None:
         file = checkpoint(runs) / "dit-rank_00000.safetensors"

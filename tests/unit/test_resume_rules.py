@@ -40,7 +40,7 @@ class Run:
         return Index(
             shard_paths=[Path(name) for name in names], shard_bytes=[0] * len(names),
             shard_sha256=names, set_shards=[len(one) for one in self.sets],
-            counts=[], removed=["x"] * self.gone, by_key=np.arange(1), **columns,
+            counts=[], origins=[{} for _ in self.sets], removed=["x"] * self.gone, by_key=np.arange(1), **columns,
         )  # fmt: skip
 
     @property

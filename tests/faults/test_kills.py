@@ -94,6 +94,8 @@ def kill_many(tiny: Tiny, folder: Path, kills: int, seed: int) -> None:
         assert tensors == calm[1]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_ten_kills(tmp_path: Path, tiny: Tiny) -> None:
     kill_many(tiny, tmp_path, kills=10, seed=1)
 

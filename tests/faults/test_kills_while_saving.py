@@ -61,6 +61,8 @@ def borders(tmp_path: Path, world: int, victim: int) -> int:
     ]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_some_borders_of_two_ranks(tmp_path: Path) -> None:
     wanted = run_ranks(2, undisturbed, tmp_path / "results")[0]
     last = borders(tmp_path, 2, 0)

@@ -142,6 +142,7 @@ def kill_and_resume(index: Index, kills: int, folder: Path, seed: int) -> None:
         assert sorted(given[step]) == wanted, f"step {step} repeats, loses or alters samples"
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_nothing_is_lost_or_repeated(index: Index, tmp_path: Path) -> None:
     kill_and_resume(index, 12, tmp_path, seed=0)
 

@@ -167,7 +167,11 @@ def test_a_server_that_never_answers_is_left(server: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "low", "high"),
-    [("7", 7, 7), ("1.5", 1.5, 1.5), (format_datetime(datetime.now(UTC) + timedelta(hours=5), usegmt=True), 14_000, 18_000)]
+    [
+        ("7", 7, 7),
+        ("1.5", 1.5, 1.5),
+        (format_datetime(datetime.now(UTC) + timedelta(hours=5), usegmt=True), 14_000, 18_000),
+    ]
     + [("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0), ("soon", None, None), ("-3", None, None), ("nan", None, None)],
 )
 def test_what_retry_after_may_say(text: str, low: float | None, high: float | None) -> None:

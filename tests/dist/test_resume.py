@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import pytest
 from dist_ranks import run_ranks
+from records import what_was_trained
 from safetensors.torch import load_file
 from tiny_inputs import Tiny
 
@@ -24,11 +25,6 @@ pytestmark = pytest.mark.dist
 
 STEPS, SAVE_EVERY = 12, 3
 ROOTS = {"train": "train", "train-vae": "train_vae"}
-TIMINGS = {
-    *("clips_per_s", "tokens_per_s", "tflops_per_device", "mfu", "data_wait", "decode_seconds", "worker_restarts"),
-    *("bytes_read", "bytes_fetched", "cache_hits", "cache_misses", "io_retries"),
-}
-"""The entries of a record that tell how fast it went and what reading cost, and so differ from attempt to attempt."""
 
 
 def settings(verb: str, tiny: Tiny, folder: Path) -> list[str]:
@@ -83,13 +79,9 @@ def finish(job: subprocess.Popen, log: Path) -> None:
     assert job.wait(timeout=120) == 0, log.read_text()[-4000:]
 
 
-def without_timings(record: Path) -> list[dict[str, Any]]:
-    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in read_record(record)]
-
-
 def compare(verb: str, one: Path, other: Path) -> None:
     """Record and weights of two runs, bit for bit."""
-    lines, expected = without_timings(one / verb / RECORD), without_timings(other / verb / RECORD)
+    lines, expected = what_was_trained(one / verb / RECORD), what_was_trained(other / verb / RECORD)
     assert [line["step"] for line in lines] == [line["step"] for line in expected]
     assert lines == expected  # JSON holds every bit of a float
     for source in ("ema", "raw"):

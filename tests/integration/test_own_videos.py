@@ -109,9 +109,9 @@ def home(real_videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def vae(home: Path) -> Path:
     printed = run(home, "sora-lite", *VAE)
     for bucket in (
-        "17 frames of 64x112: 5 samples, 8 a batch",
-        "17 frames of 48x112: 9 samples, 8 a batch",
-        "1 frames of 48x112: 1 samples, 8 a batch",
+        "17 frames of 64x112 at 16 fps: 5 samples, 8 a batch",
+        "17 frames of 48x112 at 16 fps: 9 samples, 8 a batch",
+        "1 frames of 48x112 at 16 fps: 1 samples, 8 a batch",
     ):
         assert bucket in printed
     assert "runs/my_vae/export" in run(home, "sora-lite", "export", "run=runs/my_vae")

@@ -21,8 +21,8 @@ from sora_lite.evaluation.page import contact_sheet
 from sora_lite.generation.export import load_vae
 from sora_lite.models.vae import CausalVAE
 from sora_lite.parallel.env import Rank
+from sora_lite.training.inputs import load_split, make_loader
 from sora_lite.training.objective_dit import DiTObjective
-from sora_lite.training.trainer import load_split, make_loader
 
 LOOK_AHEAD = 4096
 """Steps among which each bucket's first ones are looked for."""

@@ -180,6 +180,10 @@ class Index:
         """The key of a sample."""
         return bytes(self.keys[sample]).decode()
 
+    def set_of(self, samples: np.ndarray) -> np.ndarray:
+        """Number of the data set of each sample."""
+        return np.searchsorted(np.cumsum(self.set_shards), self.shard[samples], side="right")
+
     def set_samples(self) -> list[int]:
         """Number of samples of each data set."""
         ends = np.searchsorted(self.shard, np.cumsum(self.set_shards))

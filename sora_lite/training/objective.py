@@ -23,16 +23,19 @@ from sora_lite.training.engine import Engine
 class Loss:
     """Result of a forward pass on one micro-batch.
 
-    loss: scalar, the mean over the micro-batch. parts: named scalars for the record, each with its weight
-    in the mean; they may stay on the device.
+    loss: scalar, the mean over the micro-batch. each: B, detached, the loss of each sample, by which the record tells
+    sources apart. parts: named scalars for the record, each with its weight in the mean; they may stay on the device.
     """
 
     loss: Tensor
+    each: Tensor
     parts: dict[str, tuple[Tensor, float | Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.loss.ndim:
             raise ValueError(f"loss has shape {tuple(self.loss.shape)}, not a scalar")
+        if self.each.ndim != 1 or self.each.requires_grad:
+            raise ValueError(f"each has shape {tuple(self.each.shape)}, or records gradients; it is B, detached")
 
 
 class Objective(Protocol):

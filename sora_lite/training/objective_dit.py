@@ -181,7 +181,7 @@ class DiTObjective:
             inside = (bins == number).float()
             mean = (each.detach() * inside).sum() / inside.sum()
             parts[f"loss_t{number / TIME_BINS:.1f}"] = (mean, inside.sum())
-        return Loss(loss=each.mean(), parts=parts)
+        return Loss(loss=each.mean(), each=each.detach(), parts=parts)
 
     def validate(self, engine: Engine, held_out: HeldOut) -> dict[str, float]:
         """Loss at fixed times with fixed noise and all conditions; `val_loss` is the mean over the times."""

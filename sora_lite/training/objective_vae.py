@@ -67,7 +67,12 @@ class VAEObjective:
         l1, mse = error.abs().mean(), error.square().mean()
         kl = Posterior(mean=mean.float(), logvar=logvar.float()).kl()
         loss = self.weights.l1 * l1 + self.weights.mse * mse + self.weights.kl * kl
-        return Loss(loss=loss, parts={"l1": (l1.detach(), 1.0), "mse": (mse.detach(), 1.0), "kl": (kl.detach(), 1.0)})
+        with torch.no_grad():
+            clip_l1, clip_mse = error.abs().flatten(1).mean(1), error.square().flatten(1).mean(1)  # each B
+            each = self.weights.l1 * clip_l1 + self.weights.mse * clip_mse + self.weights.kl * kl
+        return Loss(
+            loss=loss, each=each, parts={"l1": (l1.detach(), 1.0), "mse": (mse.detach(), 1.0), "kl": (kl.detach(), 1.0)}
+        )
 
     def validate(self, engine: Engine, held_out: HeldOut) -> dict[str, float]:
         """Reconstruction of held-out clips from the posterior mean: PSNR in dB, mean over clips, and L1."""

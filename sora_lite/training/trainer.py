@@ -23,14 +23,11 @@ import torch
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
-from sora_lite.config import BaseTrainConfig, BatchBy, DataConfig, OnDamage, SpikeAction
-from sora_lite.data.buckets import Budget, Row, rows_from
-from sora_lite.data.compiled import open_buckets, open_index
+from sora_lite.config import BaseTrainConfig, OnDamage, SpikeAction
+from sora_lite.data.compiled import open_buckets
 from sora_lite.data.index import Index
-from sora_lite.data.joined import Joined, open_join
-from sora_lite.data.loader import ClipBatch, ClipLoader
-from sora_lite.data.remote import Patience, locate
-from sora_lite.data.shard_cache import ShardCache
+from sora_lite.data.joined import Joined
+from sora_lite.data.loader import ClipBatch
 from sora_lite.errors import Interrupted, UserError
 from sora_lite.parallel.apply import apply_activation_checkpointing
 from sora_lite.parallel.env import Rank
@@ -40,6 +37,7 @@ from sora_lite.training.data_record import DataRecord
 from sora_lite.training.ema import EMA
 from sora_lite.training.engine import Engine
 from sora_lite.training.guards import UpdateGuard
+from sora_lite.training.inputs import load_latents, load_split, make_loader, make_rows
 from sora_lite.training.lease import Held
 from sora_lite.training.metrics import Means, peak_flops
 from sora_lite.training.objective import HeldOut, Loss, Objective
@@ -317,11 +315,8 @@ class Trainer:
         self._save()  # or an attempt that is killed now would meet the spike again
 
     def _count(self, result: StepResult, batches: Sequence[ClipBatch], means: Means, clock: "Clock") -> None:
-        for loss in result.losses:
-            finite = loss.loss.detach().isfinite()
-            means.add("loss", loss.loss.detach(), finite.double())
-            for name, (value, weight) in loss.parts.items():
-                means.add(name, value, weight)
+        for loss, batch in zip(result.losses, batches, strict=True):
+            self._count_loss(loss, batch, means)
         self.data.count(batches)
         for one in (one for batch in batches for one in batch.bad):
             self._say(f"{one.shard}: sample {one.key} replaced by {one.replaced_by}: {one.reason}", everyone=True)
@@ -335,6 +330,22 @@ class Trainer:
             flops = 3 * clips * self._forward_flops(shape)
             clock.flops += flops
             self.flops += flops
+
+    def _count_loss(self, loss: Loss, batch: ClipBatch, means: Means) -> None:
+        """The loss, its parts, and where there are several, its mean over each bucket and each data set."""
+        value = loss.loss.detach()
+        counts = value.isfinite().double()  # what is not finite has left the update out, and must not hide the others
+        means.add("loss", value, counts)
+        for name, (part, weight) in loss.parts.items():
+            means.add(name, part, torch.as_tensor(weight, dtype=torch.float64, device=value.device) * counts)
+        if len(self.loader.order.buckets) > 1:
+            means.add("loss_{}x{}x{}".format(*batch.shape), value, counts)
+        if len(self.loader.index.set_shards) > 1:
+            sets = self.loader.index.set_of(batch.samples.numpy())
+            for number in range(len(self.loader.index.set_shards)):
+                inside = torch.from_numpy(sets == number).to(value.device)
+                mean = loss.each.double().where(inside, 0.0).sum() / inside.sum()
+                means.add(f"loss_set_{number}", mean, inside.sum() * counts)
 
     # ------------------------------------------------------------------------------------------------ side jobs
 
@@ -491,84 +502,3 @@ class Clock:
     def seconds(self) -> float:
         """Wall-clock seconds since the last restart."""
         return max(time.perf_counter() - self.start, 1e-9)
-
-
-def load_split(data: DataConfig, split: str, rank: Rank, *, required: bool = True) -> Index:
-    """The index of one split of the configured data sets, mapped by every rank. All ranks call it."""
-    folders = [locate(folder, data.key_of(number)) for number, folder in enumerate(data.folders)]
-    patience = Patience(retries=data.io_retries, timeout=data.io_timeout)
-    shard_cache = ShardCache(Path(data.shard_cache).expanduser(), int(data.shard_cache_gb * 2**30), patience)
-    cache = Path(data.cache) if data.cache else None
-    index = rank.main_first(
-        lambda: open_index(folders, split, cache=cache, shard_cache=shard_cache, check=rank.is_main)
-    )
-    for number, samples in enumerate(index.set_samples()):
-        if required and samples == 0:
-            raise UserError(
-                f"{data.key_of(number)}: {folders[number]} has no {split} samples; "
-                "pack more videos with `sora-data run`"
-            )
-    return index
-
-
-def load_latents(data: DataConfig, index: Index, split: str, objective: Objective, rank: Rank) -> Joined | None:
-    """The latents of an index, if there are any. All ranks call it."""
-    folders = [Path(folder) if folder else None for folder in data.latent_folders]
-    expected = {"fingerprint": objective.state().get("vae_fingerprint")}
-    return rank.main_first(
-        lambda: open_join(
-            index,
-            folders,
-            split,
-            content="latents",
-            expected=expected,
-            cache=Path(data.cache) if data.cache else None,
-            check=rank.is_main,
-        )
-    )
-
-
-def make_rows(data: DataConfig, objective: Objective) -> list[Row]:
-    """The configured bucket table, with the batches that it leaves to the budget."""
-    rules = [
-        Row(
-            shape=(rule.frames, rule.resolution[0], rule.resolution[1]),
-            keep=rule.keep,
-            batch=rule.batch or 0,
-            fps=rule.fps or data.fps,
-        )
-        for rule in data.buckets
-    ]
-    budget = Budget(
-        cost=objective.cost if data.batch_by is BatchBy.flops else objective.tokens,
-        tokens=objective.tokens,
-        batch_tokens=data.batch_tokens,
-        divisor=data.divisor,
-    )
-    return rows_from(rules, budget)
-
-
-def make_loader(
-    config: BaseTrainConfig, index: Index, objective: Objective, rank: Rank, latents: Joined | None = None
-) -> ClipLoader:
-    """The loader of the configured data for this rank."""
-    data = config.data
-    return ClipLoader(
-        index,
-        make_rows(data, objective),
-        seed=config.run.seed,
-        block_shards=data.block_shards,
-        flip=data.flip,
-        rank=rank.rank,
-        world_size=rank.world_size,
-        accumulation=config.parallel.accumulation,
-        workers=data.workers,
-        worker_timeout=data.worker_timeout,
-        say=tqdm.write,
-        cache_bytes=data.cache_mb * 2**20,
-        decoder=data.decoder.value,
-        pin=torch.device(rank.device).type == "cuda",
-        weights=[row.weight for row in data.sets if row.weight is not None] or None,
-        image_ratio=data.image_ratio,
-        latents=latents,
-    )

@@ -12,8 +12,8 @@ from tiny_inputs import Tiny, call
 from sora_lite.cli.compose import compose
 from sora_lite.cli.data_preview import one_of
 from sora_lite.generation.export import load_vae
+from sora_lite.training.inputs import load_split, make_loader
 from sora_lite.training.objective_dit import DiTObjective
-from sora_lite.training.trainer import load_split, make_loader
 
 BUCKETS = (
     "data.buckets=[{resolution: [32, 32], frames: 9, keep: 0.5, batch: 8}, {resolution: [16, 16], frames: 5, batch: 8}]"

@@ -96,6 +96,11 @@ def test_data_sets_and_stills_are_mixed(tiny: Tiny, tmp_path: Path, capsys: pyte
     assert call(*words(8, sets)) == 0
     lines = [line for line in read_record(tmp_path / "tiny" / RECORD) if "pass_0" in line]
     assert [line["step"] for line in lines] == list(range(1, 9)) and "pass" not in lines[0]
+    for line in lines:  # a line a step, so each has one bucket, whose loss is that of the step
+        (bucket,) = {"loss_1x32x32", "loss_17x32x32"} & line.keys()
+        assert line[bucket] == line["loss"]
+        shares = [count / 8 * line[f"loss_set_{number}"] for number, count in enumerate((6, 2))]
+        assert sum(shares) == pytest.approx(line["loss"], rel=1e-5)
     samples = len(Index.load(tiny.shards, "train"))
     assert [lines[-1]["pass_0"], lines[-1]["pass_1"]] == pytest.approx([48 / samples, 16 / samples])
     assert {path.name.split("-")[0] for path in (tmp_path / "cache").iterdir()} == {"index"}

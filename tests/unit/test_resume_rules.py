@@ -12,12 +12,13 @@ from omegaconf import OmegaConf
 
 from sora_lite.config import BucketRule, DataConfig, RunConfig, SetRule, TrainConfig
 from sora_lite.data.buckets import Row, assign
-from sora_lite.data.index import COLUMNS, Index
+from sora_lite.data.index import COLUMNS, Index, Origin
 from sora_lite.data.order import Order
 from sora_lite.errors import UserError
 from sora_lite.training.resume import Change, Facts, go_on
 
 PATH = Path("runs/trial/checkpoints/step_00000040")
+CLIPS = Origin(content="clips", config_hash="", encoding={})
 
 
 @dataclass
@@ -40,7 +41,7 @@ class Run:
         return Index(
             shard_paths=[Path(name) for name in names], shard_bytes=[0] * len(names),
             shard_sha256=names, set_shards=[len(one) for one in self.sets],
-            counts=[], origins=[{} for _ in self.sets], removed=["x"] * self.gone, by_key=np.arange(1), **columns,
+            counts=[], origins=[CLIPS for _ in self.sets], removed=["x"] * self.gone, by_key=np.arange(1), **columns,
         )  # fmt: skip
 
     @property

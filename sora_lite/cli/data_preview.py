@@ -15,8 +15,9 @@ import torch
 
 from sora_lite.cli.train import check_buckets, describe
 from sora_lite.config import DataPreviewConfig, PreviewFormat, VAEConfig
+from sora_lite.data.batch import ClipBatch
 from sora_lite.data.index import Index
-from sora_lite.data.loader import ClipBatch, ClipLoader
+from sora_lite.data.loader import ClipLoader
 from sora_lite.evaluation.page import contact_sheet
 from sora_lite.generation.export import load_vae
 from sora_lite.models.vae import CausalVAE

@@ -24,10 +24,10 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from sora_lite.config import BaseTrainConfig, OnDamage, SpikeAction
+from sora_lite.data.batch import ClipBatch
 from sora_lite.data.compiled import open_buckets
 from sora_lite.data.index import Index
 from sora_lite.data.joined import Joined
-from sora_lite.data.loader import ClipBatch
 from sora_lite.errors import Interrupted, UserError
 from sora_lite.parallel.apply import apply_activation_checkpointing
 from sora_lite.parallel.env import Rank

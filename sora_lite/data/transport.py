@@ -1,7 +1,7 @@
 """A worker's answers on their way to the process that asked: tensors in shared memory, the rest through a pipe.
 
-The memory has no name, so nothing is left behind when a process is killed. Its descriptor goes through the same pipe:
-torch's own way asks the worker for it once more, which one that hangs would not answer.
+The memory has no name, so nothing is left behind when a process is killed. Its descriptor goes once through the same
+pipe: torch's own way asks the worker for it anew, which one that hangs would not answer.
 
 A piece of memory belongs to one answer until the receiver holds no tensor of it any more; then the sender uses it
 again. Memory that is fresh from the kernel, which has to find and to zero it, costs more than what is written there.
@@ -45,7 +45,7 @@ class _Piece:
     """Memory that both processes may map, mapped here."""
 
     def __init__(self, number: int) -> None:
-        self.number, self.size = number, 0
+        self.number, self.size, self.sent = number, 0, False
         self.descriptor = os.memfd_create("answer")
         self.memory: mmap.mmap | None = None
 
@@ -81,16 +81,18 @@ class Sender:
         self._arrays[_address(array)] = start, array
         return array
 
-    def send(self, answer: Any) -> None:
-        """Send an answer; all that was allocated since the last one belongs to it."""
+    def send(self, failed: str, answer: Any) -> None:
+        """Send an answer; all that was allocated since the last one belongs to it.
+
+        Its tensors are those that it is, or holds in a list, or in a field if it is a dataclass.
+        """
         rest = self._take_out(answer)
-        if self._piece is None:
-            self._pipe.send((rest, None, 0))
-            return
         piece, size = self._piece, self._end
         self._piece, self._end, self._arrays = None, 0, {}
-        self._pipe.send((rest, piece.number, size))
-        send_handle(self._pipe, piece.descriptor, None)
+        self._pipe.send((failed, rest, piece.number if piece else None, size))
+        if piece and not piece.sent:
+            piece.sent = True
+            send_handle(self._pipe, piece.descriptor, None)
 
     def reuse(self, numbers: Iterable[int]) -> None:
         """Take back what the receiver says is free."""
@@ -105,45 +107,55 @@ class Sender:
     def _take_out(self, thing: Any) -> Any:
         """The same with `_Placed` for tensors, which lie in the piece then."""
         if isinstance(thing, Tensor):
-            # In the order in which they lie in memory, a permuted tensor's values are an array without gaps.
-            axes = sorted(range(thing.ndim), key=thing.stride, reverse=True)
-            array = thing.permute(axes).contiguous().numpy()
-            if array.size and _address(array) not in self._arrays:
-                copied = self.allocate(array.shape, array.dtype)
-                copied[...] = array
-                array = copied
-            offset, _ = self._arrays.get(_address(array), (0, array))
-            return _Placed(offset, tuple(array.shape), array.dtype, tuple(np.argsort(axes).tolist()))
+            return self._place(thing)
         if is_dataclass(thing) and not isinstance(thing, type):
             return _Made(type(thing), {one.name: self._take_out(getattr(thing, one.name)) for one in fields(thing)})
-        if isinstance(thing, list | tuple):
-            return type(thing)([self._take_out(one) for one in thing])
+        if isinstance(thing, list) and any(isinstance(one, Tensor) for one in thing):
+            return [self._take_out(one) for one in thing]
         return thing
+
+    def _place(self, tensor: Tensor) -> _Placed:
+        # In the order in which they lie in memory, a permuted tensor's values are an array without gaps.
+        axes = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
+        array = tensor.permute(axes).contiguous().numpy()
+        if array.size and _address(array) not in self._arrays:
+            copied = self.allocate(array.shape, array.dtype)
+            copied[...] = array
+            array = copied
+        offset = self._arrays[_address(array)][0] if array.size else 0
+        back = tuple(sorted(range(tensor.ndim), key=axes.__getitem__))
+        return _Placed(offset, array.shape, array.dtype, back)
 
 
 class Receiver:
-    """The end of the process that asked."""
+    """The end of the process that asked. Close it; what it received stays."""
 
     def __init__(self, pipe: Connection) -> None:
         self._pipe = pipe
         self._free = deque[int]()
+        self._descriptors: dict[int, int] = {}
 
-    def receive(self) -> Any:
-        rest, number, size = self._pipe.recv()
+    def receive(self) -> tuple[str, Any]:
+        """What `Sender.send` was given next."""
+        failed, rest, number, size = self._pipe.recv()
         if number is None:
-            return _put_back(rest, None)
-        descriptor = recv_handle(self._pipe)
-        try:
-            memory = mmap.mmap(descriptor, size)
-        finally:
-            os.close(descriptor)
+            return failed, _put_back(rest, None)
+        if number not in self._descriptors:
+            self._descriptors[number] = recv_handle(self._pipe)
+        memory = mmap.mmap(self._descriptors[number], size)
         # Every tensor of the answer holds the mapping, so it is gone when the last of them is.
         weakref.finalize(memory, self._free.append, number).atexit = False
-        return _put_back(rest, memory)
+        return failed, _put_back(rest, memory)
 
     def free(self) -> list[int]:
         """Numbers of the pieces that have become free since the last call, for `Sender.reuse`."""
         return [self._free.popleft() for _ in range(len(self._free))]
+
+    def close(self) -> None:
+        """Close the descriptors."""
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
 
 
 def _address(array: np.ndarray) -> int:
@@ -160,6 +172,6 @@ def _put_back(thing: Any, memory: mmap.mmap | None) -> Any:
         return torch.from_numpy(array).permute(thing.axes)
     if isinstance(thing, _Made):
         return thing.kind(**{name: _put_back(value, memory) for name, value in thing.fields.items()})
-    if isinstance(thing, list | tuple):
-        return type(thing)([_put_back(one, memory) for one in thing])
+    if isinstance(thing, list):
+        return [_put_back(one, memory) if isinstance(one, _Placed) else one for one in thing]
     return thing

@@ -138,6 +138,7 @@ class _Worker:
         """Kill the process."""
         self._process.kill()
         self._process.join()
+        self._receiver.close()
         self._pipe.close()
 
 
@@ -171,7 +172,7 @@ def _work(make: Callable[[Any, Allocate], Any], pipe: Connection, other_end: Con
                 asked.append(item)
                 sender.reuse(free)
             if asked:
-                sender.send(_answer(make, asked.popleft(), sender))
+                sender.send(*_answer(make, asked.popleft(), sender))
             elif os.getppid() != parent:
                 return
 

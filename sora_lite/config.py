@@ -291,9 +291,9 @@ class SetRule:
     """One of several data sets that are mixed."""
 
     shards: str = MISSING
-    """Folder of shards with a manifest.json, as `sora-data run` writes it."""
+    """Folder of shards with a manifest.json, as `sora-data run` writes it, or its URL."""
     latents: str | None = None
-    """Its latents, as `sora-data encode` writes them."""
+    """Its latents, as `sora-data encode` writes them, or their URL."""
     weight: float | None = None
     """How often its samples come, against the weights of the others; null, for all, goes by the number of samples."""
 
@@ -307,7 +307,8 @@ class DataConfig:
     sets: list[SetRule] = field(default_factory=list)
     """Several data sets that are mixed, instead of `data.shards`."""
     latents: str | None = None
-    """Latents of `data.shards` (each of a clip's beginning), as `sora-data encode` writes them. Others are decoded."""
+    """Latents of `data.shards` (each of a clip's beginning), as `sora-data encode` writes them, or their URL. Clips
+    without one are decoded."""
     image_ratio: float | None = None
     """Part of the samples that are stills (buckets of 1 frame), in (0, 1); null: as they come. Weights hold in both."""
     cache: str | None = None
@@ -364,9 +365,9 @@ class DataConfig:
         """The key under which latents are given."""
         return "data.latents" if self.shards is not None else "data.sets.latents"
 
-    def key_of(self, data_set: int) -> str:
-        """The key under which the folder of a data set is given."""
-        return "data.shards" if self.shards is not None else f"data.sets[{data_set}].shards"
+    def key_of(self, data_set: int, what: str = "shards") -> str:
+        """The key under which the folder of a data set is given, or of what was made of it, such as `latents`."""
+        return f"data.{what}" if self.shards is not None else f"data.sets[{data_set}].{what}"
 
 
 @dataclass(kw_only=True, slots=True)

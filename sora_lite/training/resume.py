@@ -58,6 +58,8 @@ RULES: dict[str, tuple[Rule, str]] = {
     "data.sets.shards": (_CONTENT, "compared by the shards' checksums"),
     "data.latents": (_CONTENT, "compared by the shards' checksums"),
     "data.sets.latents": (_CONTENT, "compared by the shards' checksums"),
+    "data.text": (_CONTENT, "compared by the shards' checksums"),
+    "data.sets.text": (_CONTENT, "compared by the shards' checksums"),
     "data.sets.weight": (_KEPT, "decides the order"),
     "data.image_ratio": (_KEPT, "decides the order"),
     "data.cache": (_FREE, "follows from the shards"),

@@ -189,8 +189,7 @@ def latent_encoding(config: EncodeConfig) -> dict[str, Any]:
 def text_encoding(config: EncodeConfig) -> dict[str, Any]:
     """What text features are made with, for the manifest."""
     assert config.text_from is not None
-    encoder = _text_encoder(config.text_from, config.max_tokens, "cpu")
-    return {"fingerprint": encoder.fingerprint(), "encoder": encoder.folder.name, "max_tokens": encoder.max_tokens}
+    return _text_encoder(config.text_from, config.max_tokens, "cpu").identity()
 
 
 def _refuse_another(out: Path, config_hash: str, encoding: dict[str, Any]) -> None:
@@ -386,4 +385,4 @@ def _vae(folder: str, device: str) -> "CausalVAE":
 def _text_encoder(folder: str, max_tokens: int, device: str) -> "FrozenTextEncoder":
     from sora_lite.models.pretrained import FrozenTextEncoder
 
-    return FrozenTextEncoder(Path(folder), max_tokens).to(device)
+    return FrozenTextEncoder(Path(folder), max_tokens, device)

@@ -536,15 +536,17 @@ class DiTConfig:
     text: TextConfig | None = field(default_factory=TextConfig)
     """Encoder over bytes, trained along; null for a model without it."""
     text_features: int = 0
-    """Width of the features of a frozen text encoder (T5: 4096), read instead of bytes; 0 for none."""
-    text_tokens: int = 0
-    """0 masks the padding of text features; else they are padded with zeros to so many, which are attended to (Wan)."""
+    """Width of the features of the frozen text encoder `text_from` (T5: 4096), read instead of bytes; 0 for none."""
+    text_tokens: int = 512
+    """Tokens of its longest text; longer ones are cut."""
+    pad_text: bool = False
+    """Pad its texts with zeros to `text_tokens`, which are attended to (Wan); otherwise padding is masked."""
     text_attention: TextAttention = TextAttention.cross
     """How blocks read text."""
     cross_norm: bool = True
     """A layer norm before the cross-attention to text."""
     pooled_features: int = 0
-    """Width of pooled text features (CLIP: 768) that join time and label; 0 for none."""
+    """Width of the pooled features of `text_from`, a CLIP (768), that join time and label; 0 for none."""
     learn_variance: bool = False
     """Predict twice the channels: the second half is the variance of the reverse step (with diffusion=ddpm)."""
     frame_conditions: bool = False
@@ -623,6 +625,9 @@ class TrainConfig(BaseTrainConfig):
 
     vae_from: str = MISSING
     """The trained VAE: an export (`sora-lite export`), or a run folder that holds one."""
+    text_from: str | None = None
+    """The frozen text encoder of a model with `model.text_features` or `model.pooled_features`: a folder of T5, UMT5 or
+    CLIP that transformers has saved, or a pipeline of diffusers."""
     model: DiTConfig = field(default_factory=DiTConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     frames: list[FrameRule] = field(default_factory=list)
@@ -709,6 +714,8 @@ class GenerateConfig:
 
     model_from: str = MISSING
     """The trained DiT: an export (`sora-lite export`), or a run folder that holds one."""
+    text_from: str | None = None
+    """The frozen text encoder that the DiT was trained with, which its export names and does not hold."""
     out: str = "generations"
     """Folder for clips, contact sheet and page."""
     prompts: list[str] = field(default_factory=list)
@@ -770,6 +777,8 @@ class EvaluateConfig:
 
     model_from: str = MISSING
     """The trained DiT: an export (`sora-lite export`), or a run folder that holds one."""
+    text_from: str | None = None
+    """The frozen text encoder that the DiT was trained with, which its export names and does not hold."""
     shards: str = MISSING
     """Shards whose clips carry the attributes below; train clips train the judge, held-out clips test it."""
     out: str = MISSING
@@ -895,6 +904,7 @@ def check(config: object) -> None:
     if isinstance(config, TrainConfig):
         _check_diffusion(config.diffusion, config.model.learn_variance)
         _check_frames(config)
+        _check_text(config)
     if isinstance(config, DataPreviewConfig):
         for key, least in (("start", 0), ("clips", 1), ("steps", 1), ("world_size", 1), ("accumulation", 1)):
             _require(getattr(config.preview, key) >= least, f"preview.{key}", f"must be at least {least}")
@@ -1025,7 +1035,8 @@ def _check_dit(model: DiTConfig) -> None:
         "model.text_features",
         "and model.pooled_features are instead of the encoder over bytes; set model.text=null",
     )
-    _require(model.text_tokens == 0 or model.text_features > 0, "model.text_tokens", "needs model.text_features")
+    _require(model.text_tokens >= 1, "model.text_tokens", f"must be at least 1, not {model.text_tokens}")
+    _require(not model.pad_text or model.text_features > 0, "model.pad_text", "needs model.text_features")
     if model.text_attention is TextAttention.joint:
         reads = model.text is not None or model.text_features > 0
         _require(reads, "model.text_attention", "joint needs text; set model.text or model.text_features")
@@ -1117,6 +1128,24 @@ def _check_frames(config: TrainConfig) -> None:
     _require(given or not reads, "frames", "has no row that gives frames; add one, or model.frame_conditions=false")
     for i, rule in enumerate(config.frames):
         _require(0 < rule.weight < math.inf, f"frames[{i}].weight", f"must be above 0, not {rule.weight}")
+
+
+def _check_text(config: TrainConfig) -> None:
+    reads = config.model.text_features > 0 or config.model.pooled_features > 0
+    # What data-preview shows depends on no encoder.
+    given = config.text_from is not None or isinstance(config, DataPreviewConfig)
+    _require(
+        given or not reads,
+        "text_from",
+        "is null, but the model reads text features (model.text_features, model.pooled_features); name the folder of a "
+        "T5, UMT5 or CLIP encoder",
+    )
+    _require(
+        reads or config.text_from is None,
+        "text_from",
+        "the model reads no features of a text encoder; leave it out, or set model.text_features to their width and "
+        "model.text=null",
+    )
 
 
 def _check_vae(vae: VAEConfig, buckets: list[BucketRule]) -> None:

@@ -64,6 +64,7 @@ def export(run: Path, out: Path | None, weights: str) -> Path:
             "architecture": objective["model"],
             "vae_fingerprint": objective["vae_fingerprint"],
             "diffusion": objective["diffusion"],
+            "text_encoder": objective["text_encoder"],
         }
     exports.write(out, exports.Contract(**contract), tensors)
     return out

@@ -184,3 +184,5 @@ def _check_inputs(config: BaseTrainConfig) -> None:
         raise UserError(
             f"vae_from: the folder {config.vae_from} does not exist; train a VAE first, or correct the path"
         )
+    if isinstance(config, TrainConfig) and config.text_from is not None and not Path(config.text_from).is_dir():
+        raise UserError(f"text_from: the folder {config.text_from} does not exist; correct the path")

@@ -34,7 +34,8 @@ class Contract:
     architecture: keyword arguments of `CausalVAE` or `VideoDiT`. clip: (T, H, W) in frames and pixels, and fps
     (0: each clip's own rate), of the first bucket that it was trained on. vae_fingerprint: of the VAE itself, or of the
     one that a DiT was trained against; None where that is not of this project (`sora-lite import`). diffusion: keyword
-    arguments of `Process` (DiT).
+    arguments of `Process` (DiT). text_encoder: `FrozenTextEncoder.identity` of the one whose features a DiT was trained
+    on, empty for none. It is not part of the export, being larger than most models and the same for many.
     """
 
     kind: Literal["vae", "dit"]
@@ -46,6 +47,7 @@ class Contract:
     fps: float
     vae_fingerprint: str | None
     diffusion: dict[str, Any] = field(default_factory=dict)
+    text_encoder: dict[str, Any] = field(default_factory=dict)
     sha256: str = ""
     format: int = FORMAT
 

@@ -347,4 +347,4 @@ def test_captions_are_encoded_once(tiny: Tiny, tmp_path: Path, capsys: pytest.Ca
     assert sora_data([word.replace("16", "8") for word in words]) == 2
     errors = capsys.readouterr().err
     assert "vae_from: name the VAE" in errors
-    assert "holds what was made with another fingerprint" in errors
+    assert "holds what was made with another max_tokens" in errors

@@ -214,8 +214,9 @@ def _refuse_failures(table: Table, rows: Rows) -> None:
 def _unit(folder: Path, out: Path, clips: Manifest, entry: ShardEntry, config: EncodeConfig) -> Unit:
     # A shard of others is in both splits, and may lie in a folder of its own.
     name = entry.path if clips.root is None else f"{entry.path.removesuffix('.tar')}.{entry.split}.tar"
+    key = f"{name}-{entry.index_sha256[:16]}"  # the index says which keys the samples have, and their checksums
     task = {
-        "key": f"{name}-{entry.index_sha256[:16]}",  # the index says which keys the samples have, and their checksums
+        "key": key,
         "folder": str(folder.absolute()),
         "out": str(out.absolute()),
         "entry": asdict(entry),
@@ -228,7 +229,7 @@ def _unit(folder: Path, out: Path, clips: Manifest, entry: ShardEntry, config: E
         "batch": config.batch,
         "device": config.device,
     }
-    return Unit(keys=[task["key"]], task=task)
+    return Unit(keys=[key], task=task)
 
 
 def _count(rows: Rows, left_out: str) -> dict[str, int]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sora_lite.config import DiffusionConfig, DiTConfig, FrameRule, SamplingConfig
+from sora_lite.config import DiffusionConfig, DiTConfig, FrameRule, LoraConfig, SamplingConfig
 from sora_lite.data.loader import ClipBatch
 from sora_lite.data.order import hash_seed
 from sora_lite.diffusion.path import PathSample
@@ -37,6 +37,7 @@ from sora_lite.models.patch import token_grid
 from sora_lite.models.vae import CausalVAE, Posterior
 from sora_lite.parallel.env import Rank
 from sora_lite.training.engine import Engine
+from sora_lite.training.lora import Adapted, adapt
 from sora_lite.training.metrics import Means, count_flops
 from sora_lite.training.objective import HeldOut, Loss
 
@@ -76,10 +77,15 @@ class DiTObjective:
         self.fingerprint = vae.fingerprint()
         self.architecture = {"channels": vae.latent_channels, **asdict(model)}
         self.module: nn.Module = VideoDiT(**self.architecture)
+        self.adapted: Adapted | None = None
         self.max_bytes = model.text.max_bytes if model.text else None
         streams = (model.num_classes > 0) + (model.text is not None)
         # Independent draws per stream that together drop all with the configured probability.
         self.drop = diffusion.condition_dropout ** (1 / streams)
+
+    def adapt(self, lora: LoraConfig, init_from: str) -> None:
+        """Train adapters of the model in `init_from` instead of its weights; see `lora.adapt`."""
+        self.adapted = adapt(self.module, self.architecture, lora, init_from)
 
     def tokens(self, frames: int, height: int, width: int) -> int:
         """Tokens of the transformer."""
@@ -253,7 +259,9 @@ class DiTObjective:
             "model": self.architecture,
             "vae_fingerprint": self.fingerprint,
             "diffusion": asdict(self.process),
+            "lora": self.adapted and asdict(self.adapted),
         }
 
     def inputs(self) -> dict[str, str]:
-        return {"vae_from": self.fingerprint}
+        base = {} if self.adapted is None else {"init_from": self.adapted.sha256}
+        return {"vae_from": self.fingerprint, **base}

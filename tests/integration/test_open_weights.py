@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_inputs import call
+from tiny_models import tiny_wan
 from torch import Tensor, nn
 
 from sora_lite.cli.compose import compose
@@ -57,14 +58,6 @@ def test_memory_follows_from_what_is_kept(capsys: pytest.CaptureFixture) -> None
     assert printed["parameters"] == 674_834_720 and round(printed["gflops"], 2) == 118.64
     assert call("inspect", "model=wan_1_3b") == 0
     assert "GiB" in (told := capsys.readouterr().out) and "assumes one process" in told
-
-
-def tiny_wan() -> nn.Module:
-    torch.manual_seed(0)
-    return diffusers.WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=10, ffn_dim=40,
-        num_layers=2, rope_max_seq_len=32,
-    ).eval()  # fmt: skip
 
 
 def contents(folder: Path) -> dict[str, Tensor]:

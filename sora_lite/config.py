@@ -291,9 +291,9 @@ class SetRule:
     """One of several data sets that are mixed."""
 
     shards: str = MISSING
-    """Folder of shards with a manifest.json, as `sora-data run` writes it."""
+    """Folder of shards with a manifest.json, as `sora-data run` writes it, or its URL."""
     latents: str | None = None
-    """Its latents, as `sora-data encode` writes them."""
+    """Its latents, as `sora-data encode` writes them, or their URL."""
     weight: float | None = None
     """How often its samples come, against the weights of the others; null, for all, goes by the number of samples."""
 
@@ -307,7 +307,8 @@ class DataConfig:
     sets: list[SetRule] = field(default_factory=list)
     """Several data sets that are mixed, instead of `data.shards`."""
     latents: str | None = None
-    """Latents of `data.shards` (each of a clip's beginning), as `sora-data encode` writes them. Others are decoded."""
+    """Latents of `data.shards` (each of a clip's beginning), as `sora-data encode` writes them, or their URL. Clips
+    without one are decoded."""
     image_ratio: float | None = None
     """Part of the samples that are stills (buckets of 1 frame), in (0, 1); null: as they come. Weights hold in both."""
     cache: str | None = None
@@ -364,9 +365,9 @@ class DataConfig:
         """The key under which latents are given."""
         return "data.latents" if self.shards is not None else "data.sets.latents"
 
-    def key_of(self, data_set: int) -> str:
-        """The key under which the folder of a data set is given."""
-        return "data.shards" if self.shards is not None else f"data.sets[{data_set}].shards"
+    def key_of(self, data_set: int, what: str = "shards") -> str:
+        """The key under which the folder of a data set is given, or of what was made of it, such as `latents`."""
+        return f"data.{what}" if self.shards is not None else f"data.sets[{data_set}].{what}"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -535,15 +536,17 @@ class DiTConfig:
     text: TextConfig | None = field(default_factory=TextConfig)
     """Encoder over bytes, trained along; null for a model without it."""
     text_features: int = 0
-    """Width of the features of a frozen text encoder (T5: 4096), read instead of bytes; 0 for none."""
-    text_tokens: int = 0
-    """0 masks the padding of text features; else they are padded with zeros to so many, which are attended to (Wan)."""
+    """Width of the features of the frozen text encoder `text_from` (T5: 4096), read instead of bytes; 0 for none."""
+    text_tokens: int = 512
+    """Tokens of its longest text; longer ones are cut."""
+    pad_text: bool = False
+    """Pad its texts with zeros to `text_tokens`, which are attended to (Wan); otherwise padding is masked."""
     text_attention: TextAttention = TextAttention.cross
     """How blocks read text."""
     cross_norm: bool = True
     """A layer norm before the cross-attention to text."""
     pooled_features: int = 0
-    """Width of pooled text features (CLIP: 768) that join time and label; 0 for none."""
+    """Width of the pooled features of `text_from`, a CLIP (768), that join time and label; 0 for none."""
     learn_variance: bool = False
     """Predict twice the channels: the second half is the variance of the reverse step (with diffusion=ddpm)."""
     frame_conditions: bool = False
@@ -635,6 +638,9 @@ class TrainConfig(BaseTrainConfig):
 
     vae_from: str = MISSING
     """The trained VAE: an export (`sora-lite export`), or a run folder that holds one."""
+    text_from: str | None = None
+    """The frozen text encoder of a model with `model.text_features` or `model.pooled_features`: a folder of T5, UMT5 or
+    CLIP that transformers has saved, or a pipeline of diffusers."""
     model: DiTConfig = field(default_factory=DiTConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     frames: list[FrameRule] = field(default_factory=list)
@@ -722,6 +728,8 @@ class GenerateConfig:
 
     model_from: str = MISSING
     """The trained DiT: an export (`sora-lite export`), or a run folder that holds one."""
+    text_from: str | None = None
+    """The frozen text encoder that the DiT was trained with, which its export names and does not hold."""
     out: str = "generations"
     """Folder for clips, contact sheet and page."""
     prompts: list[str] = field(default_factory=list)
@@ -785,6 +793,8 @@ class EvaluateConfig:
 
     model_from: str = MISSING
     """The trained DiT: an export (`sora-lite export`), or a run folder that holds one."""
+    text_from: str | None = None
+    """The frozen text encoder that the DiT was trained with, which its export names and does not hold."""
     shards: str = MISSING
     """Shards whose clips carry the attributes below; train clips train the judge, held-out clips test it."""
     out: str = MISSING
@@ -911,6 +921,7 @@ def check(config: object) -> None:
         _check_diffusion(config.diffusion, config.model.learn_variance)
         _check_frames(config)
         _check_lora(config)
+        _check_text(config)
     if isinstance(config, DataPreviewConfig):
         for key, least in (("start", 0), ("clips", 1), ("steps", 1), ("world_size", 1), ("accumulation", 1)):
             _require(getattr(config.preview, key) >= least, f"preview.{key}", f"must be at least {least}")
@@ -1041,7 +1052,8 @@ def _check_dit(model: DiTConfig) -> None:
         "model.text_features",
         "and model.pooled_features are instead of the encoder over bytes; set model.text=null",
     )
-    _require(model.text_tokens == 0 or model.text_features > 0, "model.text_tokens", "needs model.text_features")
+    _require(model.text_tokens >= 1, "model.text_tokens", f"must be at least 1, not {model.text_tokens}")
+    _require(not model.pad_text or model.text_features > 0, "model.pad_text", "needs model.text_features")
     if model.text_attention is TextAttention.joint:
         reads = model.text is not None or model.text_features > 0
         _require(reads, "model.text_attention", "joint needs text; set model.text or model.text_features")
@@ -1148,6 +1160,24 @@ def _check_lora(config: TrainConfig) -> None:
         "is missing; adapters (lora.rank) are of a trained model: name an export, a run that holds one, or an import",
     )
     _require(len(lora.targets) > 0, "lora.targets", "is empty; name layers, such as [blocks.*]")
+
+
+def _check_text(config: TrainConfig) -> None:
+    reads = config.model.text_features > 0 or config.model.pooled_features > 0
+    # What data-preview shows depends on no encoder.
+    given = config.text_from is not None or isinstance(config, DataPreviewConfig)
+    _require(
+        given or not reads,
+        "text_from",
+        "is null, but the model reads text features (model.text_features, model.pooled_features); name the folder of a "
+        "T5, UMT5 or CLIP encoder",
+    )
+    _require(
+        reads or config.text_from is None,
+        "text_from",
+        "the model reads no features of a text encoder; leave it out, or set model.text_features to their width and "
+        "model.text=null",
+    )
 
 
 def _check_vae(vae: VAEConfig, buckets: list[BucketRule]) -> None:

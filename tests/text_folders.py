@@ -18,12 +18,12 @@ def save_tokenizer(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def save_t5(folder: Path, *, umt5: bool = False, seed: int = 0) -> Path:
+def save_t5(folder: Path, *, umt5: bool = False, seed: int = 0, width: int = 16) -> Path:
     import torch
     from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
     torch.manual_seed(seed)
-    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 4, "vocab_size": len(WORDS)}
+    sizes = {"d_model": width, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 4, "vocab_size": len(WORDS)}
     model = UMT5EncoderModel(UMT5Config(**sizes)) if umt5 else T5EncoderModel(T5Config(**sizes))
     model.save_pretrained(folder)
     save_tokenizer(folder)

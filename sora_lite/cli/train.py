@@ -16,6 +16,7 @@ from sora_lite.data.loader import ClipLoader
 from sora_lite.errors import Interrupted, UserError
 from sora_lite.generation.export import load_vae
 from sora_lite.generation.export import write as write_export
+from sora_lite.generation.text import open_encoder, reads_text
 from sora_lite.parallel.env import Rank, init_rank, shutdown
 from sora_lite.training.engine import release_groups
 from sora_lite.training.init_from import RECORD, Row, start_from, table
@@ -68,8 +69,9 @@ def train(config: TrainConfig | TrainVAEConfig, rank: Rank) -> None:
         objective = VAEObjective(config.vae, config.loss, seed=config.run.seed, rank=rank)
     else:
         vae, vae_contract = load_vae(Path(config.vae_from))
+        encoder = open_encoder(asdict(config.model), config.text_from, rank.device)
         objective = DiTObjective(
-            config.model, config.diffusion, vae, frames=config.frames, seed=config.run.seed, rank=rank
+            config.model, config.diffusion, vae, encoder, frames=config.frames, seed=config.run.seed, rank=rank
         )
     check_buckets(config, objective)
     rows = start(config, objective, rank)
@@ -145,7 +147,7 @@ def missing_conditions(config: BaseTrainConfig, index: Index) -> list[str]:
         return []
     captioned, labelled = ([one.get(f"clips_{what}") for one in index.counts] for what in ("captioned", "labelled"))
     lines = []
-    if config.model.text is not None and set(captioned) == {0}:
+    if reads_text(asdict(config.model)) and set(captioned) == {0}:
         lines.append("model.text: no clip has a caption, so the model will not learn to follow prompts")
     if config.model.num_classes == 0 and any(labelled):
         lines.append("model.num_classes: is 0, so the labels of the clips are not used")

@@ -106,12 +106,12 @@ class LatentReader:
     """Latents of the clips of an index."""
 
     def __init__(self, joined: Joined, counts: ReadCounts) -> None:
-        self._joined, self._members = joined, Members(joined.index)
+        self.index, self._joined, self._members = joined.index, joined, Members(joined.index)
         self._members.shards.counts = counts
 
     def find(self, clip: int, shape: tuple[int, int, int], fps: float) -> int | None:
         """Number of the latent of a clip at (T, H, W) and a rate, if there is one."""
-        row, index = int(self._joined.rows[clip]), self._joined.index
+        row, index = int(self._joined.rows[clip]), self.index
         if row < 0 or (int(index.frames[row]), int(index.height[row]), int(index.width[row])) != shape:
             return None
         return row if shape[0] == 1 or float(index.fps[row]) == fps else None
@@ -122,7 +122,7 @@ class LatentReader:
         try:
             return Latent(**tensors), self._members.captions(row)
         except (ValueError, TypeError) as error:
-            raise DamagedSample(f"{self._joined.index.key(row)}: {error}") from None
+            raise DamagedSample(f"{self.index.key(row)}: {error}") from None
 
 
 def latent_sample(
@@ -164,7 +164,7 @@ def open_join(
     """Join what was made of an index's clips; compiled once, as the index itself is.
 
     Args:
-        index: of the clips.
+        index: of the clips; remote shards are kept in its shard cache.
         folders: one for each data set of the index, None where nothing was made of it.
         split, cache, check: as for `compiled.open_index`.
         content: `latents` or `text`.
@@ -179,7 +179,14 @@ def open_join(
     given = [(number, folder) for number, folder in enumerate(folders) if folder is not None]
     if not given:
         return None
-    encoded = open_index([folder for _, folder in given], split, cache=cache, check=check, content=content)
+    encoded = open_index(
+        [folder for _, folder in given],
+        split,
+        cache=cache,
+        shard_cache=index.shard_cache,
+        check=check,
+        content=content,
+    )
     for (number, folder), origin in zip(given, encoded.origins, strict=True):
         for name, value in expected.items():
             if origin.encoding.get(name) != value:

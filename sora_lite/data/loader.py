@@ -11,7 +11,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,8 @@ from sora_lite.data.index import Index
 from sora_lite.data.joined import Joined, Latent, LatentReader, Members
 from sora_lite.data.order import MicroStep, Order, check_parts, hash_seed, rank_positions
 from sora_lite.data.prefetch import Prefetcher
-from sora_lite.data.remote import ReadCounts
+from sora_lite.data.remote import ReadCounts, Url
+from sora_lite.data.shard_cache import RemoteShard, default_cache
 from sora_lite.data.shards import DamagedSample
 from sora_lite.data.transforms import cover_box, mirror, resize_crop
 from sora_lite.data.video import BadVideo, decode_clip
@@ -176,11 +176,9 @@ class ClipReader:
             DamagedSample, BadVideo: its bytes are not what the index says, or do not decode.
         """
         label = int(self.index.label[sample])
-        if (
-            self._latents is not None
-            and (row := self._latents.find(sample, shape, self._rate(sample, fps))) is not None
-        ):
-            latent, captions = self._latents.read(row)
+        if (found := self._latent(sample, shape, fps)) is not None:
+            latents, row = found
+            latent, captions = latents.read(row)
             shown = int(self.index.height[sample]), int(self.index.width[sample])
             return Clip(latent=latent, crop=self._crop(sample, shape, shown), captions=captions, label=label)
         key = (sample, shape, fps, start)
@@ -228,8 +226,23 @@ class ClipReader:
         """The sample's JSON, {} for none."""
         return self._members.meta(sample)
 
-    def _rate(self, sample: int, fps: float | None) -> float:
-        return float(self.index.fps[sample]) if fps is None else fps
+    def is_remote(self) -> bool:
+        """Whether any shard lies behind a URL."""
+        indexes = [self.index] if self._latents is None else [self.index, self._latents.index]
+        return any(isinstance(path, Url) for index in indexes for path in index.shard_paths)
+
+    def remote_shard(self, sample: int, shape: tuple[int, int, int], fps: float | None) -> RemoteShard | None:
+        """The shard that `read` opens for a sample, if it lies behind a URL."""
+        found = self._latent(sample, shape, fps)
+        index, row = (self.index, sample) if found is None else (found[0].index, found[1])
+        return index.remote_shard(int(index.shard[row]))
+
+    def _latent(self, sample: int, shape: tuple[int, int, int], fps: float | None) -> tuple[LatentReader, int] | None:
+        """The latent of a sample at (T, H, W) and a rate, by its reader and number, if there is one."""
+        if self._latents is None:
+            return None
+        row = self._latents.find(sample, shape, float(self.index.fps[sample]) if fps is None else fps)
+        return None if row is None else (self._latents, row)
 
 
 class _MicroBatches:
@@ -244,17 +257,18 @@ class _MicroBatches:
         batch = self._batch(*item)
         return replace(batch, seconds=time.perf_counter() - start, reads=self.reader.shards.counts.take())
 
-    def remote_shards(self, step: int) -> list[int]:
-        """Numbers of the shards behind URLs that this rank reads in a step."""
+    def remote_shards(self, step: int) -> list[RemoteShard]:
+        """The shards behind URLs that this rank reads in a step."""
         (micro,) = self.order.step(step)
         positions = np.concatenate(
             rank_positions(
                 len(micro.samples), rank=self.rank, world_size=self.world_size, accumulation=self.accumulation
             )
         )
-        index = self.reader.index
-        shards = np.unique(index.shard[micro.samples[positions]]).tolist()
-        return [shard for shard in shards if not isinstance(index.shard_paths[shard], Path)]
+        fps = self.order.buckets[micro.bucket].fps
+        samples = micro.samples[positions].tolist()
+        shards = dict.fromkeys(self.reader.remote_shard(sample, micro.shape, fps) for sample in samples)
+        return [shard for shard in shards if shard is not None]
 
     def _batch(self, step: int, one_pass: int) -> ClipBatch:
         (micro,) = self.order.step(step)
@@ -374,8 +388,8 @@ class ClipLoader:
         reader = ClipReader(index, cache_bytes=cache_bytes, decoder=decoder, latents=latents)
         self._dataset = _MicroBatches(reader, self.order, seed, flip, (rank, world_size, accumulation))
         self.workers = Workers(self._dataset, workers, timeout=worker_timeout, say=say)
-        remote = not all(isinstance(path, Path) for path in index.shard_paths)
-        self._prefetcher = Prefetcher(index, self._dataset.remote_shards) if remote else None
+        cache = index.shard_cache or default_cache()
+        self._prefetcher = Prefetcher(cache, self._dataset.remote_shards) if reader.is_remote() else None
 
     def cached(self) -> tuple[int, int]:
         """(samples in buckets that have a latent of their bucket's size, samples in buckets)."""

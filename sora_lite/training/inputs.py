@@ -38,7 +38,10 @@ def load_split(data: DataConfig, split: str, rank: Rank, *, required: bool = Tru
 
 def load_latents(data: DataConfig, index: Index, split: str, objective: Objective, rank: Rank) -> Joined | None:
     """The latents of an index, if there are any. All ranks call it."""
-    folders = [Path(folder) if folder else None for folder in data.latent_folders]
+    folders = [
+        locate(folder, data.key_of(number, "latents")) if folder else None
+        for number, folder in enumerate(data.latent_folders)
+    ]
     expected = {"fingerprint": objective.state().get("vae_fingerprint")}
     return rank.main_first(
         lambda: open_join(

@@ -13,6 +13,10 @@ from torch import Tensor
 from sora_lite.errors import UserError
 from sora_lite.parallel.env import Rank
 
+WORDS_AT_ONCE = 2**24
+"""Words of a tensor that are summed up together: an embedding of a quarter of a million words would not fit beside
+itself in twice the size."""
+
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
     """Digest of names, shapes and every bit of tensors, summed up on their device: one pass, 16 bytes brought back.
@@ -24,9 +28,12 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         raw = tensor.detach().contiguous().flatten().view(torch.uint8)
         head = len(raw) // 4 * 4
-        words = raw[:head].view(torch.int32).long()
-        places = torch.arange(1, len(words) + 1, device=words.device)
-        sums = [words.sum(), (words * places).sum(), raw[head:].long().sum()]
+        words = raw[:head].view(torch.int32)
+        sums = [raw[head:].long().sum()]
+        for start in range(0, len(words), WORDS_AT_ONCE):
+            some = words[start : start + WORDS_AT_ONCE].long()
+            places = torch.arange(start + 1, start + len(some) + 1, device=some.device)
+            sums += [some.sum(), (some * places).sum()]
         digest.update(str([int(one) for one in sums]).encode())
     return digest.hexdigest()[:16]
 

@@ -600,7 +600,7 @@ class BaseTrainConfig:
 
     init_from: str | None = None
     """Start from these weights: an export, or a run folder that holds one. A run that has a checkpoint goes on from
-    that instead."""
+    that instead; adapters (`lora.rank`) need these weights at every start."""
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -616,6 +616,19 @@ class TrainVAEConfig(BaseTrainConfig):
 
     vae: VAEConfig = field(default_factory=VAEConfig)
     loss: VAELossConfig = field(default_factory=VAELossConfig)
+
+
+@dataclass(kw_only=True, slots=True)
+class LoraConfig:
+    """Low-rank adapters (LoRA, arXiv 2106.09685): they are trained, and the weights of `init_from` stay as they are."""
+
+    rank: int = 0
+    """Rank of the adapters; 0 trains all weights instead. Needs `init_from`, with a model of the same architecture."""
+    alpha: float | None = None
+    """What an adapter adds is scaled by alpha / rank; null takes alpha = rank, a scale of 1."""
+    targets: list[str] = field(default_factory=lambda: ["blocks.*"])
+    """Which linear layers get an adapter: patterns of their names with * for anything, such as
+    [blocks.*.attention.qkv,blocks.*.cross.*]; by default all in the blocks."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -641,6 +654,7 @@ class TrainConfig(BaseTrainConfig):
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     frames: list[FrameRule] = field(default_factory=list)
     """How often which frames of a clip are given; needs `model.frame_conditions`, and clips as video."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 class PreviewFormat(Enum):
@@ -766,6 +780,8 @@ class ExportConfig:
     """`ema` (the averaged weights) or `raw`."""
     layout: Layout = Layout.sora_lite
     """`diffusers` writes config.json and weights that diffusers reads; for DiT, Latte and Wan models."""
+    init_from: str | None = None
+    """Of a run that trained adapters (`lora.rank`): the weights that it started from, where they were moved."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -913,6 +929,7 @@ def check(config: object) -> None:
     if isinstance(config, TrainConfig):
         _check_diffusion(config.diffusion, config.model.learn_variance)
         _check_frames(config)
+        _check_lora(config)
         _check_text(config)
     if isinstance(config, DataPreviewConfig):
         for key, least in (("start", 0), ("clips", 1), ("steps", 1), ("world_size", 1), ("accumulation", 1)):
@@ -1143,6 +1160,21 @@ def _check_frames(config: TrainConfig) -> None:
     _require(given or not reads, "frames", "has no row that gives frames; add one, or model.frame_conditions=false")
     for i, rule in enumerate(config.frames):
         _require(0 < rule.weight < math.inf, f"frames[{i}].weight", f"must be above 0, not {rule.weight}")
+
+
+def _check_lora(config: TrainConfig) -> None:
+    lora, rank = config.lora, config.lora.rank
+    _require(rank >= 0, "lora.rank", f"must be at least 1, or 0 to train all weights, not {rank}")
+    for key in ("alpha", "targets"):
+        changed = getattr(lora, key) != getattr(LoraConfig(), key)
+        _require(rank > 0 or not changed, f"lora.{key}", "is for adapters; set lora.rank, such as lora.rank=16")
+    _require(lora.alpha is None or 0 < lora.alpha < math.inf, "lora.alpha", f"must be above 0, not {lora.alpha}")
+    _require(
+        rank == 0 or config.init_from is not None,
+        "init_from",
+        "is missing; adapters (lora.rank) are of a trained model: name an export, a run that holds one, or an import",
+    )
+    _require(len(lora.targets) > 0, "lora.targets", "is empty; name layers, such as [blocks.*]")
 
 
 def _check_text(config: TrainConfig) -> None:

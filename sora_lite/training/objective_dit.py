@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sora_lite.config import DiffusionConfig, DiTConfig, FrameRule, SamplingConfig
+from sora_lite.config import DiffusionConfig, DiTConfig, FrameRule, LoraConfig, SamplingConfig
 from sora_lite.data.loader import ClipBatch
 from sora_lite.data.order import hash_seed
 from sora_lite.diffusion.path import PathSample
@@ -40,6 +40,7 @@ from sora_lite.models.pretrained import FrozenTextEncoder, TextFeatures
 from sora_lite.models.vae import CausalVAE, Posterior
 from sora_lite.parallel.env import Rank
 from sora_lite.training.engine import Engine
+from sora_lite.training.lora import Adapted, adapt
 from sora_lite.training.metrics import Means, count_flops
 from sora_lite.training.objective import HeldOut, Loss
 
@@ -83,12 +84,17 @@ class DiTObjective:
         self.architecture = {"channels": vae.latent_channels, **asdict(model)}
         dit = VideoDiT(**self.architecture)
         self.module: nn.Module = dit
+        self.adapted: Adapted | None = None
         self.encoder = encoder
         self.text_encoder = encoder.identity() if encoder is not None else {}
         self.reader = make_reader(dit, encoder, rank.device)
         streams = (dit.num_classes > 0) + (dit.text is not None) + (dit.pooled_features > 0)
         # Independent draws per stream that together drop all with the configured probability.
         self.drop = diffusion.condition_dropout ** (1 / streams)
+
+    def adapt(self, lora: LoraConfig, init_from: str) -> None:
+        """Train adapters of the model in `init_from` instead of its weights; see `lora.adapt`."""
+        self.adapted = adapt(self.module, self.architecture, lora, init_from)
 
     def tokens(self, frames: int, height: int, width: int) -> int:
         """Tokens of the transformer."""
@@ -281,8 +287,13 @@ class DiTObjective:
             "vae_fingerprint": self.fingerprint,
             "diffusion": asdict(self.process),
             "text_encoder": self.text_encoder,
+            "lora": self.adapted and asdict(self.adapted),
         }
 
     def inputs(self) -> dict[str, str]:
         inputs = {"vae_from": self.fingerprint}
-        return inputs | ({"text_from": self.text_encoder["fingerprint"]} if self.text_encoder else {})
+        if self.text_encoder:
+            inputs["text_from"] = self.text_encoder["fingerprint"]
+        if self.adapted is not None:
+            inputs["init_from"] = self.adapted.sha256
+        return inputs

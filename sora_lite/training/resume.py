@@ -82,7 +82,7 @@ RULES: dict[str, tuple[Rule, str]] = {
     "optim.lr": (_FREE, "people lower it by hand"),
     "optim.warmup_steps": (_FREE, "part of the schedule"),
     "optim.schedule": (_FREE, "part of the schedule"),
-    "init_from": (_FREE, "a run that goes on does not look there"),
+    "init_from": (_CONTENT, "the base of adapters is compared by its SHA-256; others that go on do not look there"),
     "optim.final_lr": (_FREE, "part of the schedule"),
     "optim.betas": (_KEPT, "the moments in the checkpoint were made with it"),
     "optim.eps": (_KEPT, "the update's meaning"),
@@ -102,6 +102,7 @@ RULES: dict[str, tuple[Rule, str]] = {
     "model": (_KEPT, "the weights in the checkpoint are for it"),
     "diffusion": (_KEPT, "what is trained"),
     "frames": (_KEPT, "what is trained"),
+    "lora": (_KEPT, "the weights in the checkpoint are for it"),
     "vae": (_KEPT, "the weights in the checkpoint are for it"),
     "loss": (_KEPT, "what is trained"),
 }

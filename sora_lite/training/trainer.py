@@ -159,7 +159,14 @@ class Trainer:
         self.flops = 0
         self.finished = False
         self.step = 0
-        self.replicas = ReplicaCheck(rank, objective.frozen(), {"configuration": config, "code": code_version()})
+        self.replicas = self._replicas(inputs)
+
+    def _replicas(self, inputs: dict[str, str]) -> ReplicaCheck:
+        """What all ranks start with, and what is frozen: whole on each, but for the module's own at ZeRO 3."""
+        facts = {"configuration": self.config, "code": code_version(), "inputs": inputs}
+        whole, own = self.objective.frozen(), self.engine.frozen()
+        whole, parts = (whole, own) if self.engine.stage == 3 else (whole | own, {})
+        return ReplicaCheck(self.rank, whole, parts, facts)
 
     # ------------------------------------------------------------------------------------------------ the loop
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from text_folders import save_t5
 from tiny_inputs import Tiny, call
+from tiny_models import tiny_wan
 from torch import Tensor, nn
 
 from sora_lite.cli.compose import compose
@@ -60,14 +61,6 @@ def test_memory_follows_from_what_is_kept(capsys: pytest.CaptureFixture) -> None
     assert "GiB" in (told := capsys.readouterr().out) and "assumes one process" in told
 
 
-def tiny_wan(text_dim: int = 10) -> nn.Module:
-    torch.manual_seed(0)
-    return diffusers.WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=text_dim, ffn_dim=40,
-        num_layers=2, rope_max_seq_len=32,
-    ).eval()  # fmt: skip
-
-
 def contents(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
@@ -100,7 +93,7 @@ def test_wan_in_and_out(tmp_path: Path, form: str) -> None:
 def test_training_goes_on_from_wan(tiny: Tiny, tmp_path: Path) -> None:
     """A pipeline of diffusers gives the transformer and the text encoder; the run is exported for diffusers again."""
     pipeline = tmp_path / "pipeline"
-    tiny_wan(text_dim=16).save_pretrained(pipeline / "transformer")
+    tiny_wan(text=16).save_pretrained(pipeline / "transformer")
     save_t5(pipeline / "text_encoder", umt5=True)
     (pipeline / "tokenizer").mkdir()
     for path in [*(pipeline / "text_encoder").glob("tokenizer*"), *(pipeline / "text_encoder").glob("special*")]:
@@ -114,7 +107,9 @@ def test_training_goes_on_from_wan(tiny: Tiny, tmp_path: Path) -> None:
     assert taken and {row["fate"] for row in taken} == {"taken"}
     assert call("export", f"run={tmp_path / 'tiny'}", "layout=diffusers") == 0
     again = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "tiny/diffusers")
-    moved = [not torch.equal(tensor, again.state_dict()[name]) for name, tensor in tiny_wan(16).state_dict().items()]
+    moved = [
+        not torch.equal(tensor, again.state_dict()[name]) for name, tensor in tiny_wan(text=16).state_dict().items()
+    ]
     assert any(moved)
     made = f"out={tmp_path / 'clips'}"
     asked = ["generate", f"model_from={tmp_path / 'tiny'}", "prompts=[a dog]", "sampling.steps=1", made]

@@ -40,13 +40,6 @@ def encode(shards: Path, out: Path, vae: Path, *more: str) -> int:
     return sora_data(["encode", str(shards), str(out), f"vae_from={vae}", BUCKETS, "workers=0", *more])
 
 
-@pytest.fixture(scope="module")
-def latents(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("latents") / "latents"
-    assert encode(tiny.shards, out, tiny.vae) == 0
-    return out
-
-
 def joined(tiny: Tiny, index: Index, *folders: Path | None) -> Joined | None:
     expected = {"fingerprint": load_vae(tiny.vae)[1].vae_fingerprint}
     return open_join(index, folders, "train", content="latents", expected=expected)
@@ -354,4 +347,4 @@ def test_captions_are_encoded_once(tiny: Tiny, tmp_path: Path, capsys: pytest.Ca
     assert sora_data([word.replace("16", "8") for word in words]) == 2
     errors = capsys.readouterr().err
     assert "vae_from: name the VAE" in errors
-    assert "holds what was made with another fingerprint" in errors
+    assert "holds what was made with another max_tokens" in errors

@@ -286,15 +286,6 @@ class TestDamage:
             read(copy, workers=workers)
         assert len(str(caught.value).splitlines()) == 1
 
-    @pytest.mark.parametrize("workers", [0, 2])
-    def test_a_shard_that_vanishes(self, copy: Path, workers: int) -> None:
-        loader = make_loader(copy, workers=workers)
-        for path in copy.glob("*.tar"):
-            path.unlink()
-        with pytest.raises(UserError, match=r"\.tar: the shard is missing; restore it") as caught:
-            next(iter(loader.steps(0, 1)))
-        assert len(str(caught.value).splitlines()) == 1
-
     def test_a_missing_shard_is_noticed_at_once(self, copy: Path) -> None:
         gone = Index.load(copy, "train").shard_paths[0]
         gone.unlink()

@@ -17,7 +17,15 @@ from sora_lite.parallel.apply import apply_activation_checkpointing
 TEXT = {"width": 16, "depth": 1, "heads": 2, "max_bytes": 12}
 FEATURES = {"text": None, "text_features": 10}
 PAPER = {"text": None, "positions": "sincos", "qk_norm": "none", "gelu": "tanh", "learn_variance": True}
-WAN = {**FEATURES, "num_classes": 0, "text_tokens": 5, "qk_norm": "full", "modulation": "shared", "gelu": "tanh"}
+WAN = {
+    **FEATURES,
+    "num_classes": 0,
+    "text_tokens": 5,
+    "pad_text": True,
+    "qk_norm": "full",
+    "modulation": "shared",
+    "gelu": "tanh",
+}
 LATTE = {**FEATURES, "num_classes": 0, "positions": "sincos", "attention": "factorised", "qk_norm": "none",
          "modulation": "shared", "gelu": "tanh", "cross_norm": False}  # fmt: skip
 MODELS = {
@@ -125,6 +133,16 @@ def test_padding_of_features_changes_nothing(kind: str) -> None:
     if kind == "wan":
         with pytest.raises(ValueError, match="at most 5"):
             model(latent, time, more.cat(replace(more, text=torch.randn(3, 6, 10), text_mask=torch.ones(3, 6).bool())))
+
+
+def test_features_come_in_any_precision() -> None:
+    """Encoders give fp32; under bf16 the model's own layers decide."""
+    model = make(**MODELS["joint, features"])
+    latent, time, _ = inputs()
+    given = conditions_for(model)
+    expected = model(latent, time, given)
+    out = model.bfloat16()(latent.bfloat16(), time, given)
+    torch.testing.assert_close(out.float(), expected, rtol=0.1, atol=0.1 * expected.abs().max().item())
 
 
 def test_given_frames_start_without_effect_and_none_is_zero() -> None:

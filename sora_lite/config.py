@@ -294,6 +294,8 @@ class SetRule:
     """Folder of shards with a manifest.json, as `sora-data run` writes it, or its URL."""
     latents: str | None = None
     """Its latents, as `sora-data encode` writes them, or their URL."""
+    text: str | None = None
+    """Features of its captions, as `sora-data encode` writes them, or their URL."""
     weight: float | None = None
     """How often its samples come, against the weights of the others; null, for all, goes by the number of samples."""
 
@@ -309,6 +311,9 @@ class DataConfig:
     latents: str | None = None
     """Latents of `data.shards` (each of a clip's beginning), as `sora-data encode` writes them, or their URL. Clips
     without one are decoded."""
+    text: str | None = None
+    """Features of the captions of `data.shards`, which `sora-data encode` wrote by `text_from`, or their URL. Captions
+    without any are encoded in training."""
     image_ratio: float | None = None
     """Part of the samples that are stills (buckets of 1 frame), in (0, 1); null: as they come. Weights hold in both."""
     cache: str | None = None
@@ -361,9 +366,13 @@ class DataConfig:
         return [self.latents] if self.shards is not None else [one.latents for one in self.sets]
 
     @property
-    def latents_key(self) -> str:
-        """The key under which latents are given."""
-        return "data.latents" if self.shards is not None else "data.sets.latents"
+    def text_folders(self) -> list[str | None]:
+        """Folders of text features, one for each data set; None where there are none."""
+        return [self.text] if self.shards is not None else [one.text for one in self.sets]
+
+    def key_of_all(self, what: str) -> str:
+        """The key under which `latents` or `text` are given, without numbers of rows."""
+        return f"data.{what}" if self.shards is not None else f"data.sets.{what}"
 
     def key_of(self, data_set: int, what: str = "shards") -> str:
         """The key under which the folder of a data set is given, or of what was made of it, such as `latents`."""
@@ -591,7 +600,7 @@ class BaseTrainConfig:
 
     init_from: str | None = None
     """Start from these weights: an export, or a run folder that holds one. A run that has a checkpoint goes on from
-    that instead."""
+    that instead; adapters (`lora.rank`) need these weights at every start."""
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -607,6 +616,19 @@ class TrainVAEConfig(BaseTrainConfig):
 
     vae: VAEConfig = field(default_factory=VAEConfig)
     loss: VAELossConfig = field(default_factory=VAELossConfig)
+
+
+@dataclass(kw_only=True, slots=True)
+class LoraConfig:
+    """Low-rank adapters (LoRA, arXiv 2106.09685): they are trained, and the weights of `init_from` stay as they are."""
+
+    rank: int = 0
+    """Rank of the adapters; 0 trains all weights instead. Needs `init_from`, with a model of the same architecture."""
+    alpha: float | None = None
+    """What an adapter adds is scaled by alpha / rank; null takes alpha = rank, a scale of 1."""
+    targets: list[str] = field(default_factory=lambda: ["blocks.*"])
+    """Which linear layers get an adapter: patterns of their names with * for anything, such as
+    [blocks.*.attention.qkv,blocks.*.cross.*]; by default all in the blocks."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -632,6 +654,7 @@ class TrainConfig(BaseTrainConfig):
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     frames: list[FrameRule] = field(default_factory=list)
     """How often which frames of a clip are given; needs `model.frame_conditions`, and clips as video."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 class PreviewFormat(Enum):
@@ -757,6 +780,8 @@ class ExportConfig:
     """`ema` (the averaged weights) or `raw`."""
     layout: Layout = Layout.sora_lite
     """`diffusers` writes config.json and weights that diffusers reads; for DiT, Latte and Wan models."""
+    init_from: str | None = None
+    """Of a run that trained adapters (`lora.rank`): the weights that it started from, where they were moved."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -904,6 +929,7 @@ def check(config: object) -> None:
     if isinstance(config, TrainConfig):
         _check_diffusion(config.diffusion, config.model.learn_variance)
         _check_frames(config)
+        _check_lora(config)
         _check_text(config)
     if isinstance(config, DataPreviewConfig):
         for key, least in (("start", 0), ("clips", 1), ("steps", 1), ("world_size", 1), ("accumulation", 1)):
@@ -914,6 +940,7 @@ def check(config: object) -> None:
         _require(FrameMode.random not in config.frames, "frames", "random is for training; take before or first_last")
     if isinstance(config, TrainVAEConfig):
         _require(not any(config.data.latent_folders), "data.latents", "a VAE is trained on video; leave them out")
+        _require(not any(config.data.text_folders), "data.text", "a VAE reads no text; leave it out")
         _check_vae(config.vae, config.data.buckets)
 
 
@@ -983,6 +1010,11 @@ def _check_sets(data: DataConfig) -> None:
         data.latents is None or data.shards is not None,
         "data.latents",
         "are those of data.shards; with data.sets give each row its own latents",
+    )
+    _require(
+        data.text is None or data.shards is not None,
+        "data.text",
+        "is of the captions of data.shards; with data.sets give each row its own text",
     )
     _require(
         not data.flip or not any(data.latent_folders),
@@ -1130,6 +1162,21 @@ def _check_frames(config: TrainConfig) -> None:
         _require(0 < rule.weight < math.inf, f"frames[{i}].weight", f"must be above 0, not {rule.weight}")
 
 
+def _check_lora(config: TrainConfig) -> None:
+    lora, rank = config.lora, config.lora.rank
+    _require(rank >= 0, "lora.rank", f"must be at least 1, or 0 to train all weights, not {rank}")
+    for key in ("alpha", "targets"):
+        changed = getattr(lora, key) != getattr(LoraConfig(), key)
+        _require(rank > 0 or not changed, f"lora.{key}", "is for adapters; set lora.rank, such as lora.rank=16")
+    _require(lora.alpha is None or 0 < lora.alpha < math.inf, "lora.alpha", f"must be above 0, not {lora.alpha}")
+    _require(
+        rank == 0 or config.init_from is not None,
+        "init_from",
+        "is missing; adapters (lora.rank) are of a trained model: name an export, a run that holds one, or an import",
+    )
+    _require(len(lora.targets) > 0, "lora.targets", "is empty; name layers, such as [blocks.*]")
+
+
 def _check_text(config: TrainConfig) -> None:
     reads = config.model.text_features > 0 or config.model.pooled_features > 0
     # What data-preview shows depends on no encoder.
@@ -1145,6 +1192,11 @@ def _check_text(config: TrainConfig) -> None:
         "text_from",
         "the model reads no features of a text encoder; leave it out, or set model.text_features to their width and "
         "model.text=null",
+    )
+    _require(
+        reads or not any(config.data.text_folders),
+        config.data.key_of_all("text"),
+        "the model reads no features of a text encoder; leave them out",
     )
 
 

@@ -21,6 +21,7 @@ from sora_lite.parallel.env import Rank, init_rank, shutdown
 from sora_lite.training.engine import release_groups
 from sora_lite.training.init_from import RECORD, Row, start_from, table
 from sora_lite.training.lease import hold
+from sora_lite.training.lora import describe as describe_adapted
 from sora_lite.training.objective import Objective
 from sora_lite.training.objective_dit import DiTObjective
 from sora_lite.training.objective_vae import VAEObjective
@@ -73,10 +74,7 @@ def train(config: TrainConfig | TrainVAEConfig, rank: Rank) -> None:
             config.model, config.diffusion, vae, encoder, frames=config.frames, seed=config.run.seed, rank=rank
         )
     check_buckets(config, objective)
-    folder = Path(config.run.root) / config.run.name
-    # A run that was killed before its first checkpoint starts from these weights again.
-    going_on = rank.gather(any((folder / "checkpoints").glob("step_*")))[0]
-    rows = None if going_on or config.init_from is None else start(config.init_from, objective)
+    rows = start(config, objective, rank)
     trainer = Trainer(config, objective, rank)
     # Only now: a command that is refused above leaves no folder, and takes no run from a job that trains.
     with hold(trainer.folder, rank, take_over=config.run.take_over) as lease:
@@ -84,7 +82,9 @@ def train(config: TrainConfig | TrainVAEConfig, rank: Rank) -> None:
         if rank.is_main:
             if isinstance(objective, DiTObjective):  # a run holds all that its export needs
                 write_export(trainer.folder / "vae", vae_contract, vae.state_dict())
-            if rows is not None:
+            if isinstance(objective, DiTObjective) and objective.adapted:
+                print(describe_adapted(objective.adapted, trainer.engine.shapes))
+            elif rows is not None:
                 (trainer.folder / RECORD).write_text(json.dumps([asdict(row) for row in rows], indent=2))
                 print("\n".join(table(rows)))
             elif config.init_from is not None:
@@ -93,10 +93,22 @@ def train(config: TrainConfig | TrainVAEConfig, rank: Rank) -> None:
         trainer.run()
 
 
-def start(init_from: str, objective: DiTObjective | VAEObjective) -> list[Row]:
-    """Give the module the weights of an export, as far as they fit."""
+def start(config: TrainConfig | TrainVAEConfig, objective: DiTObjective | VAEObjective, rank: Rank) -> list[Row] | None:
+    """Give the module the weights of an export, as far as they fit; a row for each. A collective.
+
+    None where it keeps its own, goes on from a checkpoint, or gets adapters on top of them.
+    """
+    if config.init_from is None:
+        return None
+    if isinstance(config, TrainConfig) and isinstance(objective, DiTObjective) and config.lora.rank > 0:
+        objective.adapt(config.lora, config.init_from)
+        return None
+    # A run that was killed before its first checkpoint starts from these weights again.
+    checkpoints = Path(config.run.root) / config.run.name / "checkpoints"
+    if rank.gather(any(checkpoints.glob("step_*")))[0]:
+        return None
     patch = tuple(objective.config.patch) if isinstance(objective, DiTObjective) else None
-    return start_from(Path(init_from), objective.name, objective.module, patch)
+    return start_from(Path(config.init_from), objective.name, objective.module, patch)
 
 
 def check_buckets(config: BaseTrainConfig, objective: Objective) -> None:
@@ -125,6 +137,11 @@ def describe(config: BaseTrainConfig, loader: ClipLoader) -> list[str]:
     if loader.latents is not None:
         lines.append(
             "come as latents: {:,} of {:,} samples in buckets; the others are decoded".format(*loader.cached())
+        )
+    if loader.text is not None:
+        lines.append(
+            f"come with text features: {loader.captioned():,} of {sum(loader.order.set_samples):,} samples in buckets; "
+            "the captions of the others are encoded in training"
         )
     return lines
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sora_lite.config import DiffusionConfig, DiTConfig, FrameRule, SamplingConfig
+from sora_lite.config import DiffusionConfig, DiTConfig, FrameRule, LoraConfig, SamplingConfig
 from sora_lite.data.loader import ClipBatch
 from sora_lite.data.order import hash_seed
 from sora_lite.diffusion.path import PathSample
@@ -32,14 +32,15 @@ from sora_lite.generation.pipeline import (
     to_float,
     to_uint8,
 )
-from sora_lite.generation.text import make_reader
+from sora_lite.generation.text import FrozenReader, make_reader
 from sora_lite.models.conditions import Conditions
 from sora_lite.models.dit import VideoDiT
 from sora_lite.models.patch import token_grid
-from sora_lite.models.pretrained import FrozenTextEncoder
+from sora_lite.models.pretrained import FrozenTextEncoder, TextFeatures
 from sora_lite.models.vae import CausalVAE, Posterior
 from sora_lite.parallel.env import Rank
 from sora_lite.training.engine import Engine
+from sora_lite.training.lora import Adapted, adapt
 from sora_lite.training.metrics import Means, count_flops
 from sora_lite.training.objective import HeldOut, Loss
 
@@ -83,12 +84,17 @@ class DiTObjective:
         self.architecture = {"channels": vae.latent_channels, **asdict(model)}
         dit = VideoDiT(**self.architecture)
         self.module: nn.Module = dit
+        self.adapted: Adapted | None = None
         self.encoder = encoder
         self.text_encoder = encoder.identity() if encoder is not None else {}
         self.reader = make_reader(dit, encoder, rank.device)
         streams = (dit.num_classes > 0) + (dit.text is not None) + (dit.pooled_features > 0)
         # Independent draws per stream that together drop all with the configured probability.
         self.drop = diffusion.condition_dropout ** (1 / streams)
+
+    def adapt(self, lora: LoraConfig, init_from: str) -> None:
+        """Train adapters of the model in `init_from` instead of its weights; see `lora.adapt`."""
+        self.adapted = adapt(self.module, self.architecture, lora, init_from)
 
     def tokens(self, frames: int, height: int, width: int) -> int:
         """Tokens of the transformer."""
@@ -134,8 +140,17 @@ class DiTObjective:
         requests = self._requests(batch)
         check_requests(requests, num_classes=self.config.num_classes, has_text=self.reader is not None)
         labels = label_numbers([one.label for one in requests], self.config.num_classes, self.rank.device)
-        text = Conditions() if self.reader is None else self.reader([one.prompt for one in requests])
-        return replace(text, labels=labels)
+        return replace(self._text(batch), labels=labels)
+
+    def _text(self, batch: ClipBatch) -> Conditions:
+        """Text of each clip; what was not made beforehand is read or encoded now."""
+        if self.reader is None:
+            return Conditions()
+        if batch.text is None or batch.text_mask is None:
+            return self.reader(batch.captions)
+        assert isinstance(self.reader, FrozenReader)  # `config.check` lets no other model have such batches
+        made = TextFeatures(features=batch.text, mask=batch.text_mask, pooled=batch.pooled)
+        return self.reader.complete(made, batch.captions)
 
     @cached_property
     def _nothing(self) -> Conditions:
@@ -272,8 +287,13 @@ class DiTObjective:
             "vae_fingerprint": self.fingerprint,
             "diffusion": asdict(self.process),
             "text_encoder": self.text_encoder,
+            "lora": self.adapted and asdict(self.adapted),
         }
 
     def inputs(self) -> dict[str, str]:
         inputs = {"vae_from": self.fingerprint}
-        return inputs | ({"text_from": self.text_encoder["fingerprint"]} if self.text_encoder else {})
+        if self.text_encoder:
+            inputs["text_from"] = self.text_encoder["fingerprint"]
+        if self.adapted is not None:
+            inputs["init_from"] = self.adapted.sha256
+        return inputs

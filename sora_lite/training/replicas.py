@@ -44,16 +44,19 @@ class ReplicaCheck:
     Args:
         rank: this process.
         frozen: tensors that training never writes, by name (a frozen VAE or text encoder).
+        parts: such of which each rank holds a part of its own.
         facts: JSON that must be the same everywhere, such as the configuration and the version of the code.
 
     Raises:
         UserError: the ranks do not start alike.
     """
 
-    def __init__(self, rank: Rank, frozen: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        self._rank, self._frozen = rank, frozen
-        self._start = checksum(frozen)
-        told = {"frozen weights": self._start, **{name: _digest(value) for name, value in facts.items()}}
+    def __init__(
+        self, rank: Rank, frozen: Mapping[str, Tensor], parts: Mapping[str, Tensor], facts: Mapping[str, Any]
+    ) -> None:
+        self._rank, self._frozen = rank, (frozen, parts)
+        self._start = [checksum(one) for one in self._frozen]
+        told = {"frozen weights": self._start[0], **{name: _digest(value) for name, value in facts.items()}}
         self._refuse(told, "start the run anew with the same code and settings on every node")
 
     def check(self, replicated: Mapping[str, Tensor]) -> None:
@@ -62,7 +65,7 @@ class ReplicaCheck:
         Raises:
             UserError: on all ranks, naming the odd one. Nothing was saved since the last check.
         """
-        now = checksum(self._frozen)
+        now = [checksum(one) for one in self._frozen]
         changed = self._rank.gather([now != self._start, _where()])
         cure = "take that node out of service; the same command goes on from the last checkpoint, made before it"
         if odd := [f"rank {number} ({where})" for number, (is_odd, where) in enumerate(changed) if is_odd]:

@@ -4,8 +4,8 @@ run folder: RUN/
   config.yaml          the resolved configuration of the last attempt
   metrics.jsonl        the record
   events.jsonl         updates that were left out, and rollbacks, with the samples of their steps
-  attempts/            where, with what code and what versions each attempt ran
-  lease/               see `training.lease`
+  attempts/            who may change the run, and with what each attempt ran; see `training.lease`
+  logs/                what each rank said
   watchdog/            signs of life of the ranks, and their stacks where they stopped
   checkpoints/         see `training.store`
   samples/             contact sheets
@@ -29,9 +29,9 @@ from sora_lite.data.index import Index
 from sora_lite.data.joined import Joined
 from sora_lite.data.loader import ClipBatch
 from sora_lite.errors import Interrupted, UserError
-from sora_lite.parallel.apply import apply_activation_checkpointing
+from sora_lite.parallel.apply import apply_parallel
 from sora_lite.parallel.env import Rank
-from sora_lite.training.attempt import EVENTS, append_event, code_version, write_attempt
+from sora_lite.training.attempt import EVENTS, append_event, code_version, describe_attempt
 from sora_lite.training.checkpoint import Saver
 from sora_lite.training.data_record import DataRecord
 from sora_lite.training.ema import EMA
@@ -142,8 +142,7 @@ class Trainer:
             load_made(config.data, validation, "validation", objective, rank),
         )
         self.statistics = held_out(index, STATISTICS_SAMPLES, made)
-        if config.parallel.activation_checkpointing:
-            apply_activation_checkpointing(objective.module)
+        apply_parallel(objective.module, config.parallel)
         self.engine = Engine(
             objective.module, optim=config.optim, parallel=config.parallel, rank=rank, global_batch=bucket.batch
         )
@@ -235,8 +234,10 @@ class Trainer:
                 micro_batches,
                 self.step,
                 lr,
-                stop=bool(self.stop.received),
+                stop=bool(self.stop.received) or self.lease.is_taken_over(),
             )
+            if result.stopping:  # an attempt that another one took the run from saves nothing
+                self.rank.together(self.lease.check)
             self.step += 1
             self.progress.update()
             self.saver.border()
@@ -425,6 +426,7 @@ class Trainer:
     def resume(self, lease: Held) -> None:
         """Go on from the newest good checkpoint, if there is one, and write down what this attempt runs with."""
         run = self.config.run
+        self.lease = lease
         # First: no attempt that was taken for dead can move the pointer after this.
         self.saver = Saver(
             self.folder / "checkpoints",
@@ -443,7 +445,7 @@ class Trainer:
         if self.rank.is_main:
             (self.folder / "samples").mkdir(parents=True, exist_ok=True)
             OmegaConf.save(OmegaConf.structured(self.config), self.folder / "config.yaml")
-            write_attempt(self.folder, step=self.step, world_size=self.rank.world_size)
+            lease.note(describe_attempt(step=self.step, world_size=self.rank.world_size))
 
     def _finish_saving(self) -> None:
         """Wait until the last checkpoint is safe."""

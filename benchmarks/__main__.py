@@ -1,16 +1,17 @@
-"""`python -m benchmarks [TABLE ...]`: print tables, all by default, in CPU time."""
+"""`python -m benchmarks [TABLE ...]`: print tables, all by default."""
 
 import os
 import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
-from benchmarks import balance, cuts, decoding, latents, loading, order, packing, reading, saving, step
+from benchmarks import balance, cuts, decoding, dit, latents, loading, order, packing, reading, saving, step, tracking
 
 TABLES = {
     "balance": balance.main,
     "cuts": cuts.main,
     "decoding": decoding.main,
+    "dit": dit.main,
     "latents": latents.main,
     "loading": loading.main,
     "order": order.main,
@@ -18,6 +19,7 @@ TABLES = {
     "reading": reading.main,
     "saving": saving.main,
     "step": step.main,
+    "tracking": tracking.main,
 }
 
 

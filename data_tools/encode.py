@@ -1,6 +1,7 @@
 """`sora-data encode`: what a frozen model makes of every clip, once, in shards of its own that join the clips by key.
 
-A unit of work is a shard of clips; what is made of it becomes a shard of the same name. Its row in the table under
+A unit of work is a shard of clips; what is made of it becomes a shard of the same name, with the split in it where
+others wrote the clips, who may have had none. Its row in the table under
 `OUT/.work` says that it is there whole, and the manifest, which comes last, makes all of them a data set. A shard is a
 function of the clips and the settings, so it is the same bytes whoever makes it, and however often that was stopped.
 """
@@ -13,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from shutil import rmtree
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,16 @@ from sora_lite.config import BucketRule
 from sora_lite.data.buckets import Row, choose
 from sora_lite.data.index import Index, load_manifest
 from sora_lite.data.joined import Latent, latent_sample, text_sample
-from sora_lite.data.shards import MANIFEST, DamagedSample, Manifest, Sample, ShardEntry, ShardWriter, flush_folder
+from sora_lite.data.shards import (
+    MANIFEST,
+    NO_LABEL,
+    DamagedSample,
+    Manifest,
+    Sample,
+    ShardEntry,
+    ShardWriter,
+    flush_folder,
+)
 from sora_lite.data.video import BadVideo
 from sora_lite.errors import UserError
 
@@ -134,8 +144,6 @@ def encode(folder: Path, out: Path, config: EncodeConfig) -> None:
     clips = load_manifest(folder)
     if clips.content != "clips":
         raise UserError(f"{folder}: holds {clips.content}, which cannot be encoded; name a folder of clips.")
-    if clips.root is not None:
-        raise UserError(f"{folder}: is an index of shards of others, which have no latents; pack their videos first.")
     encoding = text_encoding(config) if config.content == "text" else latent_encoding(config)
     with locked(out), locked(out / ".work"):
         if (out / MANIFEST).exists():
@@ -145,7 +153,7 @@ def encode(folder: Path, out: Path, config: EncodeConfig) -> None:
                 rmtree(leftover)
         name = digest([VERSION, encoding, config.batch, clips.config_hash])[:16]
         table = Table(out / ".work" / config.content / name, SCHEMA)
-        units = [_unit(folder, out, entry, config) for entry in clips.shards]
+        units = [_unit(folder, out, clips, entry, config) for entry in clips.shards]
         if _device(config.device).type != "cpu":
             # The model on the device once; and a driver takes address space by hundreds of GiB.
             config = replace(config, workers=config.workers or 1, memory_mb=2**30)
@@ -154,6 +162,7 @@ def encode(folder: Path, out: Path, config: EncodeConfig) -> None:
         made = [rows[key] for unit in units for key in unit.keys]
         _refuse_failures(table, made)
         manifest = Manifest(config_hash=clips.config_hash, content=config.content, encoding=encoding)
+        manifest.root = None if clips.root is None else "."
         manifest.counts = _count(made, "clips_in_no_bucket" if config.content == "latents" else "clips_without_caption")
         manifest.shards = [ShardEntry(bytes=row["bytes"], samples=row["samples"], **row["entry"]) for row in made]
         manifest.save(out)
@@ -181,8 +190,7 @@ def latent_encoding(config: EncodeConfig) -> dict[str, Any]:
 def text_encoding(config: EncodeConfig) -> dict[str, Any]:
     """What text features are made with, for the manifest."""
     assert config.text_from is not None
-    encoder = _text_encoder(config.text_from, config.max_tokens, "cpu")
-    return {"fingerprint": encoder.fingerprint(), "encoder": encoder.folder.name, "max_tokens": encoder.max_tokens}
+    return _text_encoder(config.text_from, config.max_tokens, "cpu").identity()
 
 
 def _refuse_another(out: Path, config_hash: str, encoding: dict[str, Any]) -> None:
@@ -204,11 +212,17 @@ def _refuse_failures(table: Table, rows: Rows) -> None:
         )
 
 
-def _unit(folder: Path, out: Path, entry: ShardEntry, config: EncodeConfig) -> Unit:
+def _unit(folder: Path, out: Path, clips: Manifest, entry: ShardEntry, config: EncodeConfig) -> Unit:
+    # A shard of others is in both splits, and may lie in a folder of its own.
+    name = entry.path if clips.root is None else f"{entry.path.removesuffix('.tar')}.{entry.split}.tar"
+    key = f"{name}-{entry.index_sha256[:16]}"  # the index says which keys the samples have, and their checksums
     task = {
+        "key": key,
         "folder": str(folder.absolute()),
         "out": str(out.absolute()),
         "entry": asdict(entry),
+        "name": name,
+        "of_others": clips.root is not None,
         "content": config.content,
         "from": str(Path(config.vae_from or config.text_from or "").absolute()),
         "max_tokens": config.max_tokens,
@@ -216,7 +230,7 @@ def _unit(folder: Path, out: Path, entry: ShardEntry, config: EncodeConfig) -> U
         "batch": config.batch,
         "device": config.device,
     }
-    return Unit(keys=[f"{entry.path}-{entry.sha256[:16]}"], task=task)
+    return Unit(keys=[key], task=task)
 
 
 def _count(rows: Rows, left_out: str) -> dict[str, int]:
@@ -236,21 +250,24 @@ def work(task: Task) -> Rows:
     from sora_lite.data.loader import ClipReader
 
     folder, out, entry = Path(task["folder"]), Path(task["out"]), ShardEntry(**task["entry"])
-    index = Index.of([folder], [replace(load_manifest(folder), shards=[entry])], entry.split)
+    clips, name = load_manifest(folder), PurePosixPath(task["name"])
+    index = Index.of([folder], [replace(clips, shards=[entry])], entry.split)
     reader = ClipReader(index, cache_bytes=0)
     damaged: list[str] = []
     encoded = _latents(reader, task, damaged) if task["content"] == "latents" else _texts(reader, task, damaged)
+    place = out / name.parent
+    place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="attempt-", dir=out / ".work") as attempt:
-        with ShardWriter(Path(attempt) / entry.path, entry.split) as writer:
+        with ShardWriter(Path(attempt) / name.name, entry.split) as writer:
             for sample in encoded:
                 writer.add(sample)
-        made = asdict(writer.entry)
-        for name in (made["index"], made["path"]):
-            os.replace(Path(attempt) / name, out / name)
-        flush_folder(out)
+        for path in (writer.index_path, writer.path):
+            os.replace(path, place / path.name)
+        flush_folder(place)
+    made = asdict(writer.entry) | {"path": str(name), "index": str(name.parent / writer.index_path.name)}
     counts = {"bytes": made.pop("bytes"), "samples": made.pop("samples")}
     counts["left_out"] = len(index) - counts["samples"] - len(damaged)
-    return [{"key": f"{entry.path}-{entry.sha256[:16]}", "entry": made, **counts, "damaged": damaged}]
+    return [{"key": task["key"], "entry": made, **counts, "damaged": damaged}]
 
 
 def _latents(reader: "ClipReader", task: Task, damaged: list[str]) -> Iterator[Sample]:
@@ -272,7 +289,7 @@ def _latents(reader: "ClipReader", task: Task, damaged: list[str]) -> Iterator[S
             for sample, future in batch:
                 beat()
                 try:
-                    good.append((sample, future.result(), _meta(reader, sample)))
+                    good.append((sample, future.result(), _meta(reader, sample, task)))
                 except (DamagedSample, BadVideo) as error:
                     damaged.append(f"{index.key(sample)}: {error}")
             if not good:
@@ -296,21 +313,28 @@ def _texts(reader: "ClipReader", task: Task, damaged: list[str]) -> Iterator[Sam
     for sample in range(len(index)):
         beat()
         try:
-            captions, meta = reader.captions(sample), _meta(reader, sample)
+            meta = _meta(reader, sample, task)
         except DamagedSample as error:
             damaged.append(f"{index.key(sample)}: {error}")
             continue
-        if captions:
+        if meta["captions"]:
             with _one_thread(device):
-                text = encoder(captions)
+                text = encoder(meta["captions"])
             tensors = {"features": text.features, "mask": text.mask, "pooled": text.pooled}
             arrays = {name: tensor.cpu().numpy() for name, tensor in tensors.items() if tensor is not None}
             yield text_sample(index.key(sample), arrays, meta, clip_crc32c=int(index.crc32c[sample]))
 
 
-def _meta(reader: "ClipReader", sample: int) -> dict[str, Any]:
-    """A clip's JSON, with its captions wherever they stand."""
-    return reader.meta(sample) | {"captions": reader.captions(sample)}
+def _meta(reader: "ClipReader", sample: int, task: Task) -> dict[str, Any]:
+    """A clip's JSON, with its captions wherever they stand. Of a clip of others, whose JSON may hold anything under any
+    name, just what the index knows."""
+    captions, index = reader.captions(sample), reader.index
+    if not task["of_others"]:
+        return reader.meta(sample) | {"captions": captions}
+    label = {} if index.label[sample] == NO_LABEL else {"label": int(index.label[sample])}
+    sizes = {name: getattr(index, name)[sample].item() for name in ("frames", "height", "width", "fps")}
+    source = {"sha256": index.source[sample].decode()}
+    return {"key": index.key(sample), "captions": captions, "source": source, **sizes, **label}
 
 
 def _read_ahead(
@@ -363,4 +387,4 @@ def _vae(folder: str, device: str) -> "CausalVAE":
 def _text_encoder(folder: str, max_tokens: int, device: str) -> "FrozenTextEncoder":
     from sora_lite.models.pretrained import FrozenTextEncoder
 
-    return FrozenTextEncoder(Path(folder), max_tokens).to(device)
+    return FrozenTextEncoder(Path(folder), max_tokens, device)

@@ -7,12 +7,23 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.numpy import load
 from tqdm import tqdm
 
 from data_tools.pool import Rows, Task, beat, run_tasks
 from data_tools.sources import printable
 from sora_lite.data.index import read_index
-from sora_lite.data.shards import NO_LABEL, DamagedSample, Manifest, ShardEntry, ShardReader, captions_of, check_key
+from sora_lite.data.shards import (
+    ENCODED,
+    NO_LABEL,
+    DamagedSample,
+    Manifest,
+    ShardEntry,
+    ShardReader,
+    captions_of,
+    check_key,
+)
 from sora_lite.data.video import BadVideo, probe, shown_size
 from sora_lite.errors import UserError
 
@@ -33,7 +44,8 @@ def verify(folder: Path, workers: int | None = None) -> None:
             problems.append(str(error))
             continue
         keys.update(index["key"].to_pylist())
-        sources.setdefault(entry.split, set()).update(index["source"].to_pylist())
+        if manifest.content == "clips":
+            sources.setdefault(entry.split, set()).update(index["source"].to_pylist())
         tasks.append((entry.path, {"folder": str(folder), "root": manifest.root, "entry": asdict(entry)}))
     problems += [f"key {key} stands in the index {count} times" for key, count in keys.items() if count > 1]
     for source in sorted(sources.get("train", set()) & sources.get("validation", set())):
@@ -85,6 +97,9 @@ def _check_sample(reader: ShardReader, row: dict[str, Any], *, of_others: bool) 
     """What is wrong with a sample, or nothing."""
     try:
         captions_of(reader, row)
+        if row["ext"] in ENCODED.values():
+            load(reader.read(row["media_offset"], row["media_size"], row["crc32c"]))
+            return ""
         facts = probe(reader.read(row["media_offset"], row["media_size"], row["crc32c"]), beat=beat)
         if of_others:
             found = (facts.frames, *shown_size(facts))
@@ -95,7 +110,7 @@ def _check_sample(reader: ShardReader, row: dict[str, Any], *, of_others: bool) 
         label = meta.get("label", NO_LABEL)
     except (KeyError, TypeError) as error:
         return f"its JSON lacks what it must hold ({type(error).__name__}: {error})"
-    except (DamagedSample, BadVideo, ValueError, OSError, OverflowError) as error:
+    except (DamagedSample, BadVideo, SafetensorError, ValueError, OSError, OverflowError) as error:
         return str(error)
     shape = (row["frames"], row["height"], row["width"], 3)
     if (facts.frames, facts.height, facts.width, 3) != shape:

@@ -291,9 +291,11 @@ class SetRule:
     """One of several data sets that are mixed."""
 
     shards: str = MISSING
-    """Folder of shards with a manifest.json, as `sora-data run` writes it."""
+    """Folder of shards with a manifest.json, as `sora-data run` writes it, or its URL."""
     latents: str | None = None
-    """Its latents, as `sora-data encode` writes them."""
+    """Its latents, as `sora-data encode` writes them, or their URL."""
+    text: str | None = None
+    """Features of its captions, as `sora-data encode` writes them, or their URL."""
     weight: float | None = None
     """How often its samples come, against the weights of the others; null, for all, goes by the number of samples."""
 
@@ -307,7 +309,11 @@ class DataConfig:
     sets: list[SetRule] = field(default_factory=list)
     """Several data sets that are mixed, instead of `data.shards`."""
     latents: str | None = None
-    """Latents of `data.shards` (each of a clip's beginning), as `sora-data encode` writes them. Others are decoded."""
+    """Latents of `data.shards` (each of a clip's beginning), as `sora-data encode` writes them, or their URL. Clips
+    without one are decoded."""
+    text: str | None = None
+    """Features of the captions of `data.shards`, which `sora-data encode` wrote by `text_from`, or their URL. Captions
+    without any are encoded in training."""
     image_ratio: float | None = None
     """Part of the samples that are stills (buckets of 1 frame), in (0, 1); null: as they come. Weights hold in both."""
     cache: str | None = None
@@ -360,13 +366,17 @@ class DataConfig:
         return [self.latents] if self.shards is not None else [one.latents for one in self.sets]
 
     @property
-    def latents_key(self) -> str:
-        """The key under which latents are given."""
-        return "data.latents" if self.shards is not None else "data.sets.latents"
+    def text_folders(self) -> list[str | None]:
+        """Folders of text features, one for each data set; None where there are none."""
+        return [self.text] if self.shards is not None else [one.text for one in self.sets]
 
-    def key_of(self, data_set: int) -> str:
-        """The key under which the folder of a data set is given."""
-        return "data.shards" if self.shards is not None else f"data.sets[{data_set}].shards"
+    def key_of_all(self, what: str) -> str:
+        """The key under which `latents` or `text` are given, without numbers of rows."""
+        return f"data.{what}" if self.shards is not None else f"data.sets.{what}"
+
+    def key_of(self, data_set: int, what: str = "shards") -> str:
+        """The key under which the folder of a data set is given, or of what was made of it, such as `latents`."""
+        return f"data.{what}" if self.shards is not None else f"data.sets[{data_set}].{what}"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -405,6 +415,9 @@ class ParallelConfig:
     """Forward and backward passes per micro-step and rank; does not change what a step holds, only memory."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of storing its activations."""
+    compile: bool = False
+    """Run each block through torch.compile: faster, after some seconds at the start and at the first clips of a new
+    size. Needs a C++ compiler."""
     precision: Precision = Precision.fp32
     """bf16 needs ZeRO 1 to 3."""
     threads: int | None = None
@@ -535,15 +548,17 @@ class DiTConfig:
     text: TextConfig | None = field(default_factory=TextConfig)
     """Encoder over bytes, trained along; null for a model without it."""
     text_features: int = 0
-    """Width of the features of a frozen text encoder (T5: 4096), read instead of bytes; 0 for none."""
-    text_tokens: int = 0
-    """0 masks the padding of text features; else they are padded with zeros to so many, which are attended to (Wan)."""
+    """Width of the features of the frozen text encoder `text_from` (T5: 4096), read instead of bytes; 0 for none."""
+    text_tokens: int = 512
+    """Tokens of its longest text; longer ones are cut."""
+    pad_text: bool = False
+    """Pad its texts with zeros to `text_tokens`, which are attended to (Wan); otherwise padding is masked."""
     text_attention: TextAttention = TextAttention.cross
     """How blocks read text."""
     cross_norm: bool = True
     """A layer norm before the cross-attention to text."""
     pooled_features: int = 0
-    """Width of pooled text features (CLIP: 768) that join time and label; 0 for none."""
+    """Width of the pooled features of `text_from`, a CLIP (768), that join time and label; 0 for none."""
     learn_variance: bool = False
     """Predict twice the channels: the second half is the variance of the reverse step (with diffusion=ddpm)."""
     frame_conditions: bool = False
@@ -588,7 +603,7 @@ class BaseTrainConfig:
 
     init_from: str | None = None
     """Start from these weights: an export, or a run folder that holds one. A run that has a checkpoint goes on from
-    that instead."""
+    that instead; adapters (`lora.rank`) need these weights at every start."""
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -607,6 +622,19 @@ class TrainVAEConfig(BaseTrainConfig):
 
 
 @dataclass(kw_only=True, slots=True)
+class LoraConfig:
+    """Low-rank adapters (LoRA, arXiv 2106.09685): they are trained, and the weights of `init_from` stay as they are."""
+
+    rank: int = 0
+    """Rank of the adapters; 0 trains all weights instead. Needs `init_from`, with a model of the same architecture."""
+    alpha: float | None = None
+    """What an adapter adds is scaled by alpha / rank; null takes alpha = rank, a scale of 1."""
+    targets: list[str] = field(default_factory=lambda: ["blocks.*"])
+    """Which linear layers get an adapter: patterns of their names with * for anything, such as
+    [blocks.*.attention.qkv,blocks.*.cross.*]; by default all in the blocks."""
+
+
+@dataclass(kw_only=True, slots=True)
 class FrameRule:
     """One row of the ratios by which training gives frames."""
 
@@ -622,10 +650,14 @@ class TrainConfig(BaseTrainConfig):
 
     vae_from: str = MISSING
     """The trained VAE: an export (`sora-lite export`), or a run folder that holds one."""
+    text_from: str | None = None
+    """The frozen text encoder of a model with `model.text_features` or `model.pooled_features`: a folder of T5, UMT5 or
+    CLIP that transformers has saved, or a pipeline of diffusers."""
     model: DiTConfig = field(default_factory=DiTConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     frames: list[FrameRule] = field(default_factory=list)
     """How often which frames of a clip are given; needs `model.frame_conditions`, and clips as video."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 class PreviewFormat(Enum):
@@ -708,6 +740,8 @@ class GenerateConfig:
 
     model_from: str = MISSING
     """The trained DiT: an export (`sora-lite export`), or a run folder that holds one."""
+    text_from: str | None = None
+    """The frozen text encoder that the DiT was trained with, which its export names and does not hold."""
     out: str = "generations"
     """Folder for clips, contact sheet and page."""
     prompts: list[str] = field(default_factory=list)
@@ -749,6 +783,8 @@ class ExportConfig:
     """`ema` (the averaged weights) or `raw`."""
     layout: Layout = Layout.sora_lite
     """`diffusers` writes config.json and weights that diffusers reads; for DiT, Latte and Wan models."""
+    init_from: str | None = None
+    """Of a run that trained adapters (`lora.rank`): the weights that it started from, where they were moved."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -769,6 +805,8 @@ class EvaluateConfig:
 
     model_from: str = MISSING
     """The trained DiT: an export (`sora-lite export`), or a run folder that holds one."""
+    text_from: str | None = None
+    """The frozen text encoder that the DiT was trained with, which its export names and does not hold."""
     shards: str = MISSING
     """Shards whose clips carry the attributes below; train clips train the judge, held-out clips test it."""
     out: str = MISSING
@@ -894,6 +932,8 @@ def check(config: object) -> None:
     if isinstance(config, TrainConfig):
         _check_diffusion(config.diffusion, config.model.learn_variance)
         _check_frames(config)
+        _check_lora(config)
+        _check_text(config)
     if isinstance(config, DataPreviewConfig):
         for key, least in (("start", 0), ("clips", 1), ("steps", 1), ("world_size", 1), ("accumulation", 1)):
             _require(getattr(config.preview, key) >= least, f"preview.{key}", f"must be at least {least}")
@@ -903,6 +943,7 @@ def check(config: object) -> None:
         _require(FrameMode.random not in config.frames, "frames", "random is for training; take before or first_last")
     if isinstance(config, TrainVAEConfig):
         _require(not any(config.data.latent_folders), "data.latents", "a VAE is trained on video; leave them out")
+        _require(not any(config.data.text_folders), "data.text", "a VAE reads no text; leave it out")
         _check_vae(config.vae, config.data.buckets)
 
 
@@ -974,6 +1015,11 @@ def _check_sets(data: DataConfig) -> None:
         "are those of data.shards; with data.sets give each row its own latents",
     )
     _require(
+        data.text is None or data.shards is not None,
+        "data.text",
+        "is of the captions of data.shards; with data.sets give each row its own text",
+    )
+    _require(
         not data.flip or not any(data.latent_folders),
         "data.flip",
         "latents are of clips as they are; set data.flip=false, or leave the latents out",
@@ -1024,7 +1070,8 @@ def _check_dit(model: DiTConfig) -> None:
         "model.text_features",
         "and model.pooled_features are instead of the encoder over bytes; set model.text=null",
     )
-    _require(model.text_tokens == 0 or model.text_features > 0, "model.text_tokens", "needs model.text_features")
+    _require(model.text_tokens >= 1, "model.text_tokens", f"must be at least 1, not {model.text_tokens}")
+    _require(not model.pad_text or model.text_features > 0, "model.pad_text", "needs model.text_features")
     if model.text_attention is TextAttention.joint:
         reads = model.text is not None or model.text_features > 0
         _require(reads, "model.text_attention", "joint needs text; set model.text or model.text_features")
@@ -1116,6 +1163,44 @@ def _check_frames(config: TrainConfig) -> None:
     _require(given or not reads, "frames", "has no row that gives frames; add one, or model.frame_conditions=false")
     for i, rule in enumerate(config.frames):
         _require(0 < rule.weight < math.inf, f"frames[{i}].weight", f"must be above 0, not {rule.weight}")
+
+
+def _check_lora(config: TrainConfig) -> None:
+    lora, rank = config.lora, config.lora.rank
+    _require(rank >= 0, "lora.rank", f"must be at least 1, or 0 to train all weights, not {rank}")
+    for key in ("alpha", "targets"):
+        changed = getattr(lora, key) != getattr(LoraConfig(), key)
+        _require(rank > 0 or not changed, f"lora.{key}", "is for adapters; set lora.rank, such as lora.rank=16")
+    _require(lora.alpha is None or 0 < lora.alpha < math.inf, "lora.alpha", f"must be above 0, not {lora.alpha}")
+    _require(
+        rank == 0 or config.init_from is not None,
+        "init_from",
+        "is missing; adapters (lora.rank) are of a trained model: name an export, a run that holds one, or an import",
+    )
+    _require(len(lora.targets) > 0, "lora.targets", "is empty; name layers, such as [blocks.*]")
+
+
+def _check_text(config: TrainConfig) -> None:
+    reads = config.model.text_features > 0 or config.model.pooled_features > 0
+    # What data-preview shows depends on no encoder.
+    given = config.text_from is not None or isinstance(config, DataPreviewConfig)
+    _require(
+        given or not reads,
+        "text_from",
+        "is null, but the model reads text features (model.text_features, model.pooled_features); name the folder of a "
+        "T5, UMT5 or CLIP encoder",
+    )
+    _require(
+        reads or config.text_from is None,
+        "text_from",
+        "the model reads no features of a text encoder; leave it out, or set model.text_features to their width and "
+        "model.text=null",
+    )
+    _require(
+        reads or not any(config.data.text_folders),
+        config.data.key_of_all("text"),
+        "the model reads no features of a text encoder; leave them out",
+    )
 
 
 def _check_vae(vae: VAEConfig, buckets: list[BucketRule]) -> None:

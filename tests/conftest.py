@@ -43,3 +43,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     words = ["split.detector=none", "dedupe.near=false", "validation_fraction=0.2", "pack.crf=10", "workers=0"]
     assert sora_data(["run", videos, str(shards), *words]) == 0
     return Tiny(shards=shards, vae=make_vae(folder / "vae", shards, seed=0))
+
+
+@pytest.fixture(scope="session")
+def latents(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of all clips of `tiny`. Read only, too."""
+    from data_tools.cli import main as sora_data
+
+    out = tmp_path_factory.mktemp("latents") / "latents"
+    buckets = "buckets=[{resolution: [32, 32], frames: 17}]"
+    assert sora_data(["encode", str(tiny.shards), str(out), f"vae_from={tiny.vae}", buckets, "workers=0"]) == 0
+    return out

@@ -1,4 +1,5 @@
-"""Tiny random text encoders, saved as transformers saves them, each with a tokenizer of a dozen words."""
+"""Tiny random text encoders, saved as transformers saves them, each with a tokenizer of a dozen words; and clips with
+captions for them."""
 
 from pathlib import Path
 
@@ -18,12 +19,12 @@ def save_tokenizer(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def save_t5(folder: Path, *, umt5: bool = False, seed: int = 0) -> Path:
+def save_t5(folder: Path, *, umt5: bool = False, seed: int = 0, width: int = 16) -> Path:
     import torch
     from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
     torch.manual_seed(seed)
-    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 4, "vocab_size": len(WORDS)}
+    sizes = {"d_model": width, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 4, "vocab_size": len(WORDS)}
     model = UMT5EncoderModel(UMT5Config(**sizes)) if umt5 else T5EncoderModel(T5Config(**sizes))
     model.save_pretrained(folder)
     save_tokenizer(folder)
@@ -50,3 +51,27 @@ def save_clip(folder: Path, *, seed: int = 0) -> Path:
     ).save_pretrained(folder)
     save_tokenizer(folder)
     return folder
+
+
+def with_captions(shards: Path, out: Path) -> Path:
+    """The same clips with none to three captions each, of different lengths."""
+    from dataclasses import replace
+
+    from sora_lite.data.index import Index
+    from sora_lite.data.joined import Members
+    from sora_lite.data.shards import Manifest, Sample, ShardWriter
+
+    out.mkdir()
+    entries = []
+    for split in ("train", "validation"):
+        index = Index.load(shards, split)
+        members = Members(index)
+        with ShardWriter(out / f"{split}-000000.tar", split) as writer:
+            for sample in range(len(index)):
+                (caption,) = members.captions(sample)
+                captions = [caption, "a dog", f"the {caption} up up left"][: sample % 4]
+                meta = members.meta(sample) | {"captions": captions}
+                writer.add(Sample(key=index.key(sample), ext="mp4", media=members.media(sample), meta=meta))
+        entries.append(writer.entry)
+    replace(Manifest.load(shards), shards=entries, counts={}).save(out)
+    return out

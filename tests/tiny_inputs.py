@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -48,6 +49,16 @@ def make_vae(folder: Path, shards: Path, *, seed: int) -> Path:
     )
     export.write(folder, contract, vae.state_dict())
     return folder
+
+
+class Plain:
+    """A model as an objective calls it, without an engine."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+    def __call__(self, *args: Any) -> Any:
+        return self.module(*args)
 
 
 def call(*argv: str) -> int:

@@ -22,6 +22,7 @@ from sora_lite.errors import UserError
 from sora_lite.evaluation.judge import Judge, accuracy, nearest_distances, psnr_db, train_judge
 from sora_lite.generation.export import Contract, load_dit
 from sora_lite.generation.pipeline import Pipeline, Request, to_float, to_uint8
+from sora_lite.generation.text import open_encoder, reads_text
 from sora_lite.models.vae import CausalVAE
 from sora_lite.parallel.env import local_device
 
@@ -29,7 +30,8 @@ from sora_lite.parallel.env import local_device
 class LabelledClips:
     """Clips of one split, decoded at the model's size, with their attributes.
 
-    clips: uint8 N T H W 3. values: attribute -> one text per clip. requests: what makes a model show the like.
+    clips: uint8 N T H W 3. values: attribute -> one text per clip. requests: what makes the model show the like, as far
+    as it reads text and labels.
     """
 
     def __init__(self, shards: Location, split: str, attributes: list[str], contract: Contract) -> None:
@@ -46,7 +48,9 @@ class LabelledClips:
                     raise UserError(f"attributes: clip {index.key(sample)} has no {name!r} (it has: {known})")
                 self.values[name].append(str(extra[name]))
             clips.append(clip.frames)
-            self.requests.append(Request(prompt=clip.captions[0] if clip.captions else "", label=clip.label))
+            prompt = clip.captions[0] if clip.captions and reads_text(contract.architecture) else ""
+            label = clip.label if contract.architecture["num_classes"] else -1
+            self.requests.append(Request(prompt=prompt, label=label))
         if not clips:
             raise UserError(f"shards: {shards} has no {split} clips; pack with a larger validation_fraction")
         self.clips = np.stack(clips)
@@ -74,6 +78,7 @@ def main(config: EvaluateConfig) -> None:
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """All figures. Accuracies are fractions of clips, distances root mean squares of pixels in [0, 1]."""
     dit, vae, contract = load_dit(Path(config.model_from))
+    encoder = open_encoder(contract.architecture, config.text_from, local_device(), contract.text_encoder)
     shards = locate(config.shards, "shards")
     train = LabelledClips(shards, "train", config.attributes, contract)
     held_out = LabelledClips(shards, "validation", config.attributes, contract)
@@ -89,7 +94,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         )
     figures |= _reconstructions(vae, held_out, judges, classes, config.clips)
 
-    pipeline = Pipeline(dit, vae, Process(**contract.diffusion), local_device())
+    pipeline = Pipeline(dit, vae, Process(**contract.diffusion), local_device(), encoder)
     if config.frames:
         few = slice(0, config.count)
         known = {name: (judges[name], held_out.targets(name, classes[name])[few]) for name in config.attributes}

@@ -3,10 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from sora_lite.config import ExportConfig, Layout
 from sora_lite.errors import UserError
 from sora_lite.generation import export as exports
 from sora_lite.generation.layouts import write_folder
+from sora_lite.models.lora import Adapters
 from sora_lite.models.vae import CausalVAE
 from sora_lite.training import restore, store
 
@@ -16,19 +19,19 @@ def main(config: ExportConfig) -> None:
     run, out = Path(config.run), Path(config.out) if config.out else None
     if config.layout is Layout.diffusers:
         ready = (run / "export.json").is_file()  # an import, or another export
-        source = run if ready else export(run, None, config.weights)
+        source = run if ready else export(run, None, config.weights, config.init_from)
         out = out or run / "diffusers"
         write_folder(source, out)
     else:
-        out = export(run, out, config.weights)
+        out = export(run, out, config.weights, config.init_from)
     print(f"exported to {out}")
 
 
-def export(run: Path, out: Path | None, weights: str) -> Path:
-    """Write the export of a run. Returns its folder.
+def export(run: Path, out: Path | None, weights: str, init_from: str | None = None) -> Path:
+    """Write the export of a run. Returns its folder. init_from: of a run with adapters, where their base lies now.
 
     Raises:
-        UserError: there is no checkpoint, it is damaged, or has no such weights.
+        UserError: there is no checkpoint, it is damaged, or has no such weights; or the base of adapters is missing.
     """
     path = store.latest(run / "checkpoints")
     if path is None:
@@ -64,6 +67,24 @@ def export(run: Path, out: Path | None, weights: str) -> Path:
             "architecture": objective["model"],
             "vae_fingerprint": objective["vae_fingerprint"],
             "diffusion": objective["diffusion"],
+            "text_encoder": objective["text_encoder"],
         }
+        if objective["lora"] is not None:
+            contract["base"] = objective["lora"]["sha256"]
+            tensors = merge(out / "adapter", objective["lora"], tensors, init_from)
     exports.write(out, exports.Contract(**contract), tensors)
     return out
+
+
+def merge(folder: Path, lora: dict[str, Any], trained: dict[str, Tensor], init_from: str | None) -> dict[str, Tensor]:
+    """Write adapters into a folder, and return the weights of the model with them merged in."""
+    base = init_from or lora["init_from"]
+    adapters = Adapters(**lora["adapters"])
+    frozen, contract = exports.read_weights(Path(base), "dit")
+    if contract.sha256 != lora["sha256"]:
+        raise UserError(
+            f"init_from: {base} holds other weights than those that the adapters were trained on (SHA-256 "
+            f"{contract.sha256[:16]}, not {lora['sha256'][:16]}); give the folder that holds these"
+        )
+    adapters.write(folder, trained, base)
+    return adapters.merge(frozen, trained)

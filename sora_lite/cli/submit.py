@@ -8,6 +8,8 @@ from pathlib import Path
 
 from sora_lite.cli.compose import assets, compose, help_text
 from sora_lite.config import BaseTrainConfig, QueueConfig, SlurmConfig, TrainConfig
+from sora_lite.data.remote import locate
+from sora_lite.data.shards import MANIFEST
 from sora_lite.errors import UserError
 
 ROOTS = {"train": "train", "train-vae": "train_vae"}
@@ -170,12 +172,16 @@ def _check_sizes(config: BaseTrainConfig) -> None:
 
 def _check_inputs(config: BaseTrainConfig) -> None:
     """Files that the job reads. Not for a dry run, which may happen on a machine that does not have them."""
-    for number, folder in enumerate(config.data.folders):
-        manifest = Path(folder) / "manifest.json"
-        if not manifest.is_file():
-            key = config.data.key_of(number)
-            raise UserError(f"{key}: {manifest} does not exist; name a folder that `sora-data run` has finished")
+    given = [(config.data.key_of(number), folder) for number, folder in enumerate(config.data.folders)]
+    for what, made in (("latents", config.data.latent_folders), ("text", config.data.text_folders)):
+        given += [(config.data.key_of(number, what), one) for number, one in enumerate(made) if one]
+    for key, folder in given:
+        place = locate(folder, key)
+        if isinstance(place, Path) and not (place / MANIFEST).is_file():
+            raise UserError(f"{key}: {place / MANIFEST} does not exist; name a folder that `sora-data` has finished")
     if isinstance(config, TrainConfig) and not Path(config.vae_from).is_dir():
         raise UserError(
             f"vae_from: the folder {config.vae_from} does not exist; train a VAE first, or correct the path"
         )
+    if isinstance(config, TrainConfig) and config.text_from is not None and not Path(config.text_from).is_dir():
+        raise UserError(f"text_from: the folder {config.text_from} does not exist; correct the path")

@@ -16,13 +16,16 @@ from sora_lite.data.loader import ClipLoader
 from sora_lite.errors import Interrupted, UserError
 from sora_lite.generation.export import load_vae
 from sora_lite.generation.export import write as write_export
+from sora_lite.generation.text import open_encoder, reads_text
 from sora_lite.parallel.env import Rank, init_rank, shutdown
 from sora_lite.training.engine import release_groups
 from sora_lite.training.init_from import RECORD, Row, start_from, table
 from sora_lite.training.lease import hold
+from sora_lite.training.lora import describe as describe_adapted
 from sora_lite.training.objective import Objective
 from sora_lite.training.objective_dit import DiTObjective
 from sora_lite.training.objective_vae import VAEObjective
+from sora_lite.training.rank_log import rank_log
 from sora_lite.training.trainer import Trainer
 
 
@@ -67,22 +70,25 @@ def train(config: TrainConfig | TrainVAEConfig, rank: Rank) -> None:
         objective = VAEObjective(config.vae, config.loss, seed=config.run.seed, rank=rank)
     else:
         vae, vae_contract = load_vae(Path(config.vae_from))
+        encoder = open_encoder(asdict(config.model), config.text_from, rank.device)
         objective = DiTObjective(
-            config.model, config.diffusion, vae, frames=config.frames, seed=config.run.seed, rank=rank
+            config.model, config.diffusion, vae, encoder, frames=config.frames, seed=config.run.seed, rank=rank
         )
     check_buckets(config, objective)
-    folder = Path(config.run.root) / config.run.name
-    # A run that was killed before its first checkpoint starts from these weights again.
-    going_on = rank.gather(any((folder / "checkpoints").glob("step_*")))[0]
-    rows = None if going_on or config.init_from is None else start(config.init_from, objective)
+    rows = start(config, objective, rank)
     trainer = Trainer(config, objective, rank)
     # Only now: a command that is refused above leaves no folder, and takes no run from a job that trains.
-    with hold(trainer.folder, rank, take_over=config.run.take_over) as lease:
+    with (
+        hold(trainer.folder, rank, take_over=config.run.take_over) as lease,
+        rank_log(trainer.folder, rank.rank),
+    ):
         trainer.resume(lease)
         if rank.is_main:
             if isinstance(objective, DiTObjective):  # a run holds all that its export needs
                 write_export(trainer.folder / "vae", vae_contract, vae.state_dict())
-            if rows is not None:
+            if isinstance(objective, DiTObjective) and objective.adapted:
+                print(describe_adapted(objective.adapted, trainer.engine.shapes))
+            elif rows is not None:
                 (trainer.folder / RECORD).write_text(json.dumps([asdict(row) for row in rows], indent=2))
                 print("\n".join(table(rows)))
             elif config.init_from is not None:
@@ -91,10 +97,22 @@ def train(config: TrainConfig | TrainVAEConfig, rank: Rank) -> None:
         trainer.run()
 
 
-def start(init_from: str, objective: DiTObjective | VAEObjective) -> list[Row]:
-    """Give the module the weights of an export, as far as they fit."""
+def start(config: TrainConfig | TrainVAEConfig, objective: DiTObjective | VAEObjective, rank: Rank) -> list[Row] | None:
+    """Give the module the weights of an export, as far as they fit; a row for each. A collective.
+
+    None where it keeps its own, goes on from a checkpoint, or gets adapters on top of them.
+    """
+    if config.init_from is None:
+        return None
+    if isinstance(config, TrainConfig) and isinstance(objective, DiTObjective) and config.lora.rank > 0:
+        objective.adapt(config.lora, config.init_from)
+        return None
+    # A run that was killed before its first checkpoint starts from these weights again.
+    checkpoints = Path(config.run.root) / config.run.name / "checkpoints"
+    if rank.gather(any(checkpoints.glob("step_*")))[0]:
+        return None
     patch = tuple(objective.config.patch) if isinstance(objective, DiTObjective) else None
-    return start_from(Path(init_from), objective.name, objective.module, patch)
+    return start_from(Path(config.init_from), objective.name, objective.module, patch)
 
 
 def check_buckets(config: BaseTrainConfig, objective: Objective) -> None:
@@ -124,6 +142,11 @@ def describe(config: BaseTrainConfig, loader: ClipLoader) -> list[str]:
         lines.append(
             "come as latents: {:,} of {:,} samples in buckets; the others are decoded".format(*loader.cached())
         )
+    if loader.text is not None:
+        lines.append(
+            f"come with text features: {loader.captioned():,} of {sum(loader.order.set_samples):,} samples in buckets; "
+            "the captions of the others are encoded in training"
+        )
     return lines
 
 
@@ -133,7 +156,7 @@ def missing_conditions(config: BaseTrainConfig, index: Index) -> list[str]:
         return []
     captioned, labelled = ([one.get(f"clips_{what}") for one in index.counts] for what in ("captioned", "labelled"))
     lines = []
-    if config.model.text is not None and set(captioned) == {0}:
+    if reads_text(asdict(config.model)) and set(captioned) == {0}:
         lines.append("model.text: no clip has a caption, so the model will not learn to follow prompts")
     if config.model.num_classes == 0 and any(labelled):
         lines.append("model.num_classes: is 0, so the labels of the clips are not used")

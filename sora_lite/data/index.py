@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sora_lite.data.remote import Location, ReadCounts, Url, read_file
-from sora_lite.data.shard_cache import ShardCache, default_cache
+from sora_lite.data.shard_cache import RemoteShard, ShardCache, default_cache
 from sora_lite.data.shards import (
     ENCODED,
     INDEX_SCHEMA,
@@ -173,8 +173,13 @@ class Index:
         path = self.shard_paths[number]
         if isinstance(path, Path):
             return ShardReader(path, counts=counts)
-        cache = self.shard_cache or default_cache()
-        return cache.open(path, self.shard_sha256[number], self.shard_bytes[number], counts or ReadCounts())
+        place = path, self.shard_sha256[number], self.shard_bytes[number]
+        return (self.shard_cache or default_cache()).open(*place, counts or ReadCounts())
+
+    def remote_shard(self, number: int) -> RemoteShard | None:
+        """Shard `number`, if it lies behind a URL."""
+        path = self.shard_paths[number]
+        return RemoteShard(path, self.shard_sha256[number], self.shard_bytes[number]) if isinstance(path, Url) else None
 
     def key(self, sample: int) -> str:
         """The key of a sample."""

@@ -1,6 +1,7 @@
 """What was made of clips beforehand: latents and text features in shards of their own, joined to an index by key.
 
-Shapes: C latent channels, t h w latent frames and cells; M text tokens, D features of a token, P pooled features.
+Shapes: C latent channels, t h w latent frames and cells; n captions of a clip, M text tokens, D features of a token,
+P pooled features.
 """
 
 import hashlib
@@ -42,6 +43,39 @@ class Latent:
             raise ValueError(f"a latent of shapes {self.mean.shape} and {self.logvar.shape}")
         if self.mean.dtype != np.float32 or self.logvar.dtype != np.float32:
             raise ValueError(f"a latent of types {self.mean.dtype} and {self.logvar.dtype}, not float32")
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class CaptionFeatures:
+    """What a frozen text encoder made of n captions.
+
+    features: float32 n M D, zero at padding. mask: bool n M, True where a token is real; each caption has one. pooled:
+    float32 n P, of encoders that pool.
+    """
+
+    features: np.ndarray
+    mask: np.ndarray
+    pooled: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        shapes = self.features.shape, self.mask.shape
+        if self.features.ndim != 3 or shapes[1] != shapes[0][:2] or not self.mask.any(1).all():
+            raise ValueError(f"text features of shape {shapes[0]} with a mask of shape {shapes[1]}, or without a token")
+        if self.pooled is not None and (self.pooled.ndim != 2 or len(self.pooled) != len(self.mask)):
+            raise ValueError(f"text features of shape {shapes[0]} with pooled ones of shape {self.pooled.shape}")
+        if self.mask.dtype != bool or any(
+            one.dtype != np.float32 for one in (self.features, self.pooled) if one is not None
+        ):
+            raise ValueError("text features that are not float32, or a mask that is not bool")
+
+    def __len__(self) -> int:
+        return len(self.mask)
+
+    def caption(self, number: int) -> "CaptionFeatures":
+        """Those of one caption alone."""
+        one = slice(number, number + 1)
+        pooled = None if self.pooled is None else self.pooled[one]
+        return CaptionFeatures(features=self.features[one], mask=self.mask[one], pooled=pooled)
 
 
 class Members:
@@ -133,12 +167,12 @@ class LatentReader:
     """Latents of the clips of an index."""
 
     def __init__(self, joined: Joined, counts: ReadCounts) -> None:
-        self._joined, self._members = joined, Members(joined.index)
+        self.index, self._joined, self._members = joined.index, joined, Members(joined.index)
         self._members.shards.counts = counts
 
     def find(self, clip: int, shape: tuple[int, int, int], fps: float) -> int | None:
         """Number of the latent of a clip at (T, H, W) and a rate, if there is one."""
-        row, index = int(self._joined.rows[clip]), self._joined.index
+        row, index = int(self._joined.rows[clip]), self.index
         if row < 0 or (int(index.frames[row]), int(index.height[row]), int(index.width[row])) != shape:
             return None
         return row if shape[0] == 1 or float(index.fps[row]) == fps else None
@@ -149,7 +183,60 @@ class LatentReader:
         try:
             return Latent(**tensors), self._members.captions(row)
         except (ValueError, TypeError) as error:
-            raise DamagedSample(f"{self._joined.index.key(row)}: {error}") from None
+            raise DamagedSample(f"{self.index.key(row)}: {error}") from None
+
+
+class CaptionReader:
+    """Features of the captions of the clips of an index."""
+
+    def __init__(self, joined: Joined, counts: ReadCounts) -> None:
+        self.index, self._joined, self._members = joined.index, joined, Members(joined.index)
+        self._members.shards.counts = counts
+
+    def find(self, clip: int) -> int | None:
+        """Number of the features of a clip's captions, if there are some."""
+        row = int(self._joined.rows[clip])
+        return None if row < 0 else row
+
+    def read(self, row: int, captions: Sequence[str]) -> CaptionFeatures:
+        """Features of a clip's captions, in their order.
+
+        Raises:
+            DamagedSample: they are not what the index says, or no features.
+            UserError: they are of other captions.
+        """
+        key = self.index.key(row)
+        if self._members.captions(row) != list(captions):
+            raise UserError(
+                f"{self.index.shard_paths[int(self.index.shard[row])]}: {key} holds features of other captions than "
+                "the clip has now; encode them anew with `sora-data encode`"
+            )
+        try:
+            made = CaptionFeatures(**self._members.tensors(row))
+        except (ValueError, TypeError) as error:
+            raise DamagedSample(f"{key}: {error}") from None
+        if len(made) != len(captions):
+            raise DamagedSample(f"{key}: has features of {len(made)} captions, not {len(captions)}")
+        return made
+
+
+def stack_features(rows: Sequence[CaptionFeatures | None]) -> dict[str, np.ndarray]:
+    """`text`, `text_mask` and, of encoders that pool, `pooled` of B captions, zeros where one has none; {} for none."""
+    made = [row for row in rows if row is not None]
+    if not made:
+        return {}
+    tokens = max(row.mask.shape[1] for row in made)
+    text = np.zeros((len(rows), tokens, made[0].features.shape[2]), np.float32)
+    mask = np.zeros((len(rows), tokens), bool)
+    stacked = {"text": text, "text_mask": mask}
+    if made[0].pooled is not None:
+        stacked["pooled"] = np.zeros((len(rows), made[0].pooled.shape[1]), np.float32)
+    for number, row in enumerate(rows):
+        if row is not None:
+            text[number, : row.mask.shape[1]], mask[number, : row.mask.shape[1]] = row.features[0], row.mask[0]
+            if row.pooled is not None:
+                stacked["pooled"][number] = row.pooled[0]
+    return stacked
 
 
 def latent_sample(
@@ -167,10 +254,7 @@ def latent_sample(
 
 
 def text_sample(key: str, tensors: Mapping[str, np.ndarray], meta: Mapping[str, Any], *, clip_crc32c: int) -> Sample:
-    """Features of a clip's n captions, in their order, as a sample of a shard.
-
-    tensors: features float32 n M D (zero at padding), mask bool n M and, of some encoders, pooled float32 n P.
-    """
+    """Features of a clip's n captions, in their order, as a sample of a shard. tensors: fields of `CaptionFeatures`."""
     made_of = clip_digits(clip_crc32c)
     return Sample(key=key, ext=ENCODED["text"], media=_save(tensors), meta={**meta}, made_of=made_of)
 
@@ -191,7 +275,7 @@ def open_join(
     """Join what was made of an index's clips; compiled once, as the index itself is.
 
     Args:
-        index: of the clips.
+        index: of the clips; remote shards are kept in its shard cache.
         folders: one for each data set of the index, None where nothing was made of it.
         split, cache, check: as for `compiled.open_index`.
         content: `latents` or `text`.
@@ -206,7 +290,14 @@ def open_join(
     given = [(number, folder) for number, folder in enumerate(folders) if folder is not None]
     if not given:
         return None
-    encoded = open_index([folder for _, folder in given], split, cache=cache, check=check, content=content)
+    encoded = open_index(
+        [folder for _, folder in given],
+        split,
+        cache=cache,
+        shard_cache=index.shard_cache,
+        check=check,
+        content=content,
+    )
     for (number, folder), origin in zip(given, encoded.origins, strict=True):
         for name, value in expected.items():
             if origin.encoding.get(name) != value:

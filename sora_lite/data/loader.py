@@ -6,12 +6,12 @@ number of workers nor which one made it.
 Shapes: T frames, H W pixels.
 """
 
+import itertools
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,9 +20,11 @@ from sora_lite.data.batch import Allocate, BadSample, Clip, ClipBatch, Places, V
 from sora_lite.data.buckets import Row, spare_frames
 from sora_lite.data.compiled import open_buckets
 from sora_lite.data.index import Index
-from sora_lite.data.joined import Joined, LatentReader, Members
+from sora_lite.data.joined import CaptionReader, Joined, LatentReader, Members
 from sora_lite.data.order import MicroStep, Order, check_parts, hash_seed, rank_positions
 from sora_lite.data.prefetch import Prefetcher
+from sora_lite.data.remote import Url
+from sora_lite.data.shard_cache import RemoteShard, default_cache
 from sora_lite.data.shards import DamagedSample
 from sora_lite.data.transforms import cover_box, mirror, resize_crop
 from sora_lite.data.video import BadVideo, decode_planes
@@ -35,10 +37,19 @@ MAX_REPLACEMENTS = 16
 class ClipReader:
     """Reads samples of an index at a bucket's size, with a bounded memory of decoded clips.
 
-    A sample that has a latent of this size and rate in `latents` is not decoded.
+    A sample that has a latent of this size and rate in `latents` is not decoded; features of its captions that are in
+    `text` come along.
     """
 
-    def __init__(self, index: Index, *, cache_bytes: int, decoder: str = "pyav", latents: Joined | None = None) -> None:
+    def __init__(
+        self,
+        index: Index,
+        *,
+        cache_bytes: int,
+        decoder: str = "pyav",
+        latents: Joined | None = None,
+        text: Joined | None = None,
+    ) -> None:
         self.index = index
         self._decoder = decoder
         self._cache_bytes = cache_bytes
@@ -47,6 +58,7 @@ class ClipReader:
         self._members = Members(index)
         self.shards = self._members.shards
         self._latents = LatentReader(latents, self.shards.counts) if latents is not None else None
+        self._text = CaptionReader(text, self.shards.counts) if text is not None else None
 
     def spare(self, sample: int, frames: int, fps: float | None) -> int:
         """Largest `start` at which the sample still has so many frames at a rate."""
@@ -67,12 +79,21 @@ class ClipReader:
         places: where it is written to; memory of its own by default. flip: mirrored left to right, unless a latent.
         Raises:
             DamagedSample, BadVideo: its bytes are not what the index says, or do not decode.
+            UserError: the features of its captions are of others.
         """
+        clip = self._seen(sample, shape, fps, start, places or Places(1, shape), flip)
+        if self._text is None or (row := self._text.find(sample)) is None:
+            return clip
+        return replace(clip, text=self._text.read(row, clip.captions))
+
+    def _seen(
+        self, sample: int, shape: tuple[int, int, int], fps: float | None, start: int, places: Places, flip: bool
+    ) -> Clip:
+        """The sample without its text."""
         index, label = self.index, int(self.index.label[sample])
-        places = places or Places(1, shape)
-        row = None if self._latents is None else self._latents.find(sample, shape, self._rate(sample, fps))
-        if self._latents is not None and row is not None:
-            latent, captions = self._latents.read(row)
+        if (found := self._latent(sample, shape, fps)) is not None:
+            latents, row = found
+            latent, captions = latents.read(row)
             crop = self._crop(sample, shape, (int(index.height[sample]), int(index.width[sample])))
             return Clip(latent=places.latent(latent), crop=crop, captions=captions, label=label)
         pixels = places.video()
@@ -132,8 +153,26 @@ class ClipReader:
         """The sample's JSON, {} for none."""
         return self._members.meta(sample)
 
-    def _rate(self, sample: int, fps: float | None) -> float:
-        return float(self.index.fps[sample]) if fps is None else fps
+    def is_remote(self) -> bool:
+        """Whether any shard lies behind a URL."""
+        indexes = [self.index, *(one.index for one in (self._latents, self._text) if one is not None)]
+        return any(isinstance(path, Url) for index in indexes for path in index.shard_paths)
+
+    def remote_shards(self, sample: int, shape: tuple[int, int, int], fps: float | None) -> list[RemoteShard]:
+        """The shards that `read` opens for a sample, as far as they lie behind URLs."""
+        found = self._latent(sample, shape, fps)
+        rows = [(self.index, sample) if found is None else (found[0].index, found[1])]
+        if self._text is not None and (row := self._text.find(sample)) is not None:
+            rows.append((self._text.index, row))
+        shards = (index.remote_shard(int(index.shard[row])) for index, row in rows)
+        return [shard for shard in shards if shard is not None]
+
+    def _latent(self, sample: int, shape: tuple[int, int, int], fps: float | None) -> tuple[LatentReader, int] | None:
+        """The latent of a sample at (T, H, W) and a rate, by its reader and number, if there is one."""
+        if self._latents is None:
+            return None
+        row = self._latents.find(sample, shape, float(self.index.fps[sample]) if fps is None else fps)
+        return None if row is None else (self._latents, row)
 
 
 class _MicroBatches:
@@ -148,17 +187,18 @@ class _MicroBatches:
         batch = self._batch(*item, allocate)
         return replace(batch, seconds=time.perf_counter() - start, reads=self.reader.shards.counts.take())
 
-    def remote_shards(self, step: int) -> list[int]:
-        """Numbers of the shards behind URLs that this rank reads in a step."""
+    def remote_shards(self, step: int) -> list[RemoteShard]:
+        """The shards behind URLs that this rank reads in a step."""
         (micro,) = self.order.step(step)
         positions = np.concatenate(
             rank_positions(
                 len(micro.samples), rank=self.rank, world_size=self.world_size, accumulation=self.accumulation
             )
         )
-        index = self.reader.index
-        shards = np.unique(index.shard[micro.samples[positions]]).tolist()
-        return [shard for shard in shards if not isinstance(index.shard_paths[shard], Path)]
+        fps = self.order.buckets[micro.bucket].fps
+        samples = micro.samples[positions].tolist()
+        shards = (self.reader.remote_shards(sample, micro.shape, fps) for sample in samples)
+        return list(dict.fromkeys(itertools.chain.from_iterable(shards)))
 
     def _batch(self, step: int, one_pass: int, allocate: Allocate) -> ClipBatch:
         (micro,) = self.order.step(step)
@@ -167,19 +207,17 @@ class _MicroBatches:
         )[one_pass]
         places = Places(len(positions), micro.shape, allocate)
         bad: list[BadSample] = []
-        samples, views, keys, captions = [], [], [], []
+        samples, views, keys = [], [], []
         for position in positions.tolist():
             flip = self.flip and hash_seed(self.seed, step, position, "flip") % 2 == 1
             sample, start, clip = self._read(micro, step, position, flip, places, bad)
+            places.keep(clip, said=hash_seed(self.seed, step, position, "caption"))
             samples.append(sample)
             decoded = clip.latent is None
             views.append(View(start=start if decoded else 0, crop=clip.crop, flip=flip and decoded))
             keys.append(self.reader.index.key(sample))
-            choices = clip.captions or [""]
-            captions.append(choices[hash_seed(self.seed, step, position, "caption") % len(choices)])
         return places.batch(
             keys=keys,
-            captions=captions,
             positions=torch.from_numpy(positions),
             step=step,
             views=views,
@@ -203,7 +241,6 @@ class _MicroBatches:
                 damaged.append((sample, str(error)))
                 sample = self.order.replacement(micro.bucket, first, step, position, attempt)
                 continue
-            places.keep(clip)
             bad += [
                 BadSample(
                     key=index.key(one),
@@ -238,6 +275,7 @@ class ClipLoader:
         pin: pinned memory, for a device that copies from it.
         decoder: as for `video.decode_clip`.
         latents: of the index's clips; those that have none are decoded.
+        text: features of the clips' captions, where they were made beforehand.
 
     Raises:
         UserError: a batch cannot be divided so, or the rows do not fit the data.
@@ -261,12 +299,13 @@ class ClipLoader:
         weights: Sequence[float] | None = None,
         image_ratio: float | None = None,
         latents: Joined | None = None,
+        text: Joined | None = None,
         worker_timeout: float = 900.0,
         say: Callable[[str], None] = print,
     ) -> None:
         buckets = open_buckets(index, rows)
         check_parts([bucket.batch for bucket in buckets], world_size=world_size, accumulation=accumulation)
-        self.index, self.latents = index, latents
+        self.index, self.latents, self.text = index, latents, text
         self.order = Order(
             buckets,
             seed=seed,
@@ -277,11 +316,11 @@ class ClipLoader:
         )
         self.accumulation = accumulation
         self._pin, self._say = pin, say
-        reader = ClipReader(index, cache_bytes=cache_bytes, decoder=decoder, latents=latents)
+        reader = ClipReader(index, cache_bytes=cache_bytes, decoder=decoder, latents=latents, text=text)
         self._dataset = _MicroBatches(reader, self.order, seed, flip, (rank, world_size, accumulation))
         self.workers = Workers(self._dataset, workers, timeout=worker_timeout, say=say)
-        remote = not all(isinstance(path, Path) for path in index.shard_paths)
-        self._prefetcher = Prefetcher(index, self._dataset.remote_shards) if remote else None
+        cache = index.shard_cache or default_cache()
+        self._prefetcher = Prefetcher(cache, self._dataset.remote_shards) if reader.is_remote() else None
 
     def cached(self) -> tuple[int, int]:
         """(samples in buckets that have a latent of their bucket's size, samples in buckets)."""
@@ -293,9 +332,19 @@ class ClipLoader:
                 found += self.latents.count(samples, bucket.shape, rates)
         return found, sum(self.order.set_samples)
 
+    def captioned(self) -> int:
+        """Samples in buckets whose captions' features were made beforehand."""
+        if self.text is None:
+            return 0
+        return sum(int((self.text.rows[bucket.samples] >= 0).sum()) for bucket in self.order.buckets)
+
     def begin_order(self, step: int) -> None:
         """Let the order begin at a global step, before anything is read: data or shares have changed there."""
         self.order = self._dataset.order = self.order.beginning_at(step)
+
+    def ready(self) -> bool:
+        """Whether the next of `steps` need not be waited for, as far as the workers have shown."""
+        return self.workers.ready(self.accumulation)
 
     def steps(self, start: int, stop: int) -> Iterator[list[ClipBatch]]:
         """Batches of the steps start, ..., stop - 1; each is a list with one micro-batch per accumulation pass."""

@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-from sora_lite.data.index import Index
-from sora_lite.data.remote import ReadCounts, Url
-from sora_lite.data.shard_cache import default_cache
+from sora_lite.data.remote import ReadCounts
+from sora_lite.data.shard_cache import RemoteShard, ShardCache
 from sora_lite.errors import UserError
 
 STREAMS = 4
@@ -25,12 +24,12 @@ class Prefetcher:
     worker fetches itself, and says why if it cannot. If it dies it is started anew.
 
     Args:
-        index: whose shards are remote, at least some.
-        shards_of: numbers of the shards that a step reads here.
+        cache: where shards are kept.
+        shards_of: the remote shards that a step reads here.
     """
 
-    def __init__(self, index: Index, shards_of: Callable[[int], list[int]]) -> None:
-        self._index, self._shards_of = index, shards_of
+    def __init__(self, cache: ShardCache, shards_of: Callable[[int], list[RemoteShard]]) -> None:
+        self._cache, self._shards_of = cache, shards_of
         self._position = _FORK.RawValue("q", 0)
         self._counts = _FORK.RawArray("q", 2)
         self._process: multiprocessing.context.ForkProcess | None = None
@@ -70,10 +69,9 @@ class Prefetcher:
     def _walk(self, parent: int) -> None:
         for one in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(one, signal.SIG_IGN)
-        cache = self._index.shard_cache or default_cache()
-        sizes, budget = self._index.shard_bytes, cache.limit_bytes // 2
-        held: dict[int, int | None] = {}
-        needed: dict[int, int] = {}  # shard: the last step seen to read it
+        budget = self._cache.limit_bytes // 2
+        held: dict[RemoteShard, int | None] = {}
+        needed: dict[RemoteShard, int] = {}  # the last step seen to read it
         step = self._position.value
         with ThreadPoolExecutor(STREAMS) as pool:
             while step < self._stop and os.getppid() == parent:
@@ -84,8 +82,8 @@ class Prefetcher:
                 step = max(step, self._position.value)
                 shards = self._shards_of(step)
                 missing = [shard for shard in shards if held.get(shard) is None]
-                room = budget - sum(sizes[shard] for shard in held)
-                if step > self._position.value and sum(sizes[shard] for shard in missing) > room:
+                room = budget - sum(shard.size for shard in held)
+                if step > self._position.value and sum(shard.size for shard in missing) > room:
                     time.sleep(0.1)
                     continue
                 try:
@@ -97,12 +95,11 @@ class Prefetcher:
             while self._position.value < self._stop and os.getppid() == parent:
                 time.sleep(0.5)  # what is held stays until the last step
 
-    def _hold(self, shard: int) -> int | None:
+    def _hold(self, shard: RemoteShard) -> int | None:
         """A descriptor of a shard in the cache; None if there is no room."""
-        cache, url, counts = self._index.shard_cache or default_cache(), self._index.shard_paths[shard], ReadCounts()
-        assert isinstance(url, Url)
+        counts = ReadCounts()
         try:
-            return cache.hold(url, self._index.shard_sha256[shard], self._index.shard_bytes[shard], counts, force=False)
+            return self._cache.hold(*shard, counts, force=False)
         finally:
             self._counts[0] += counts.bytes_fetched
             self._counts[1] += counts.io_retries

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from sora_lite.data.remote import PATIENCE, Patience, ReadCounts, Url, WrongBytes, fetch
 from sora_lite.data.shards import DamagedSample, ShardReader
@@ -28,6 +28,14 @@ from sora_lite.errors import UserError
 DEFAULT_FOLDER = Path("~/.cache/sora_lite")
 _NAME = re.compile(r"[0-9a-f]{64}(?:\.tar|\.(\d+)\.partial)")
 _CHUNK = 1 << 20
+
+
+class RemoteShard(NamedTuple):
+    """A shard as its manifest names it. size: bytes."""
+
+    url: Url
+    sha256: str
+    size: int
 
 
 class ShardCache:

@@ -96,7 +96,8 @@ class Sample:
     """`clip_digits` of the clip that it was made of; None for a clip."""
 
     def __post_init__(self) -> None:
-        check_key(self.key)
+        if self.made_of is None:
+            check_key(self.key)
         allowed = MEDIA if self.made_of is None else tuple(ENCODED.values())
         if self.ext not in allowed:
             raise ValueError(f"{self.key}: ext {self.ext!r} is none of {', '.join(allowed)}")
@@ -104,6 +105,12 @@ class Sample:
             raise ValueError(f"{self.key}: meta lacks {', '.join(sorted(missing))}")
         if type(self.label) is not int or not NO_LABEL <= self.label < 2**31:
             raise ValueError(f"{self.key}: label {self.label!r} is no number from 0 on")
+
+    @property
+    def name(self) -> str:
+        """What its members are called in a tar: the key or, of what was made of a sample of others whose key would lead
+        out of a folder or hide its end, the first 32 hex digits of the key's SHA-256."""
+        return self.key if _KEY.fullmatch(self.key) else hashlib.sha256(self.key.encode()).hexdigest()[:32]
 
     @property
     def label(self) -> int:
@@ -162,7 +169,8 @@ class Manifest:
     counts: dict[str, int] = field(default_factory=dict)
     """What became of sources and clips in the last packing or indexing."""
     root: str | None = None
-    """Where shards of others lie: a folder, relative to the manifest's or absolute. None: packed here, beside it."""
+    """Where shards of others lie: a folder, relative to the manifest's or absolute. None: packed here, beside it. What
+    was made of shards of others has ".", since it has their names and keys."""
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -217,7 +225,7 @@ class Manifest:
 
     def shard_path(self, folder: Place, entry: ShardEntry) -> Place:
         """Where a shard lies whose manifest is in a folder."""
-        return (folder / self.root if self.root else folder) / entry.path
+        return (folder if self.root in (None, ".") else folder / self.root) / entry.path
 
     def save(self, folder: Path) -> None:
         """Replace FOLDER/manifest.json atomically; when this returns it is on the disk."""
@@ -292,10 +300,10 @@ class ShardWriter:
             {
                 "key": sample.key,
                 "ext": sample.ext,
-                "media_offset": self._member(f"{sample.key}.{sample.ext}", sample.media),
+                "media_offset": self._member(f"{sample.name}.{sample.ext}", sample.media),
                 "media_size": len(sample.media),
                 "crc32c": google_crc32c.value(sample.media),
-                "json_offset": self._member(f"{sample.key}.json", meta),
+                "json_offset": self._member(f"{sample.name}.json", meta),
                 "json_size": len(meta),
                 "json_crc32c": google_crc32c.value(meta),
                 "text_offset": 0,
@@ -520,6 +528,14 @@ def captions_of(reader: ShardReader, row: Mapping[str, int]) -> list[str]:
     captions = meta.get("captions")
     if captions is None:
         captions = [] if meta.get("caption") is None else [meta["caption"]]
-    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+    if not isinstance(captions, list) or not all(_is_text(caption) for caption in captions):
         raise DamagedSample(f"{reader.path.name}: captions are no list of texts at offset {row['json_offset']}")
     return captions
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value of JSON is a text, and one that has UTF-8: half of a surrogate pair has none."""
+    try:
+        return isinstance(value, str) and len(value.encode()) >= 0
+    except UnicodeEncodeError:
+        return False

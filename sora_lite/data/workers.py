@@ -59,13 +59,15 @@ class Workers(Generic[Item, Answer]):
         """Workers that were started anew."""
         self.processes: list[int] = []
         """Process ids of those that work now."""
+        self._owed = deque[_Worker]()
 
     def answers(self, items: Iterable[Item]) -> Generator[Answer]:
         """The answer to every item, in order. Close the iterator to end the processes."""
         if self.count == 0:
             yield from (self.make(item, np.empty) for item in items)
             return
-        source, owed = iter(items), deque[_Worker]()
+        source = iter(items)
+        self._owed = owed = deque[_Worker]()
         workers = [_Worker(self, number) for number in range(self.count)]
         turn = 0
         try:
@@ -82,6 +84,11 @@ class Workers(Generic[Item, Answer]):
             for worker in workers:
                 worker.end()
             self.processes = []
+            owed.clear()
+
+    def ready(self, count: int = 1) -> bool:
+        """Whether the next `count` answers, or the first of each worker that owes some of them, are there."""
+        return len(self._owed) >= count and all(worker.has_answered() for worker in islice(self._owed, count))
 
 
 class _Worker:
@@ -110,6 +117,9 @@ class _Worker:
     def _send(self, item: Any) -> None:
         with contextlib.suppress(OSError):  # it is dead, as will be seen where its answer is waited for
             self._pipe.send((item, self._receiver.free()))
+
+    def has_answered(self) -> bool:
+        return self._pipe.poll()
 
     def answer(self) -> Any:
         """The answer to what was asked first. Raises UserError as `make` did; RuntimeError for any other failure."""

@@ -3,6 +3,7 @@
 EXPORT/
   export.json          the contract: kind, architecture, step, and what the model expects around it
   model.safetensors    weights in fp32
+  adapter/             (of a DiT whose adapters were trained) these alone, as peft reads them
   vae/                 (of a DiT) the export of the VAE that it was trained against
 """
 
@@ -34,7 +35,9 @@ class Contract:
     architecture: keyword arguments of `CausalVAE` or `VideoDiT`. clip: (T, H, W) in frames and pixels, and fps
     (0: each clip's own rate), of the first bucket that it was trained on. vae_fingerprint: of the VAE itself, or of the
     one that a DiT was trained against; None where that is not of this project (`sora-lite import`). diffusion: keyword
-    arguments of `Process` (DiT).
+    arguments of `Process` (DiT). text_encoder: `FrozenTextEncoder.identity` of the one whose features a DiT was trained
+    on, empty for none. It is not part of the export, being larger than most models and the same for many. base: SHA-256
+    of the weights that adapters were trained on and are merged into here; None for a model that was trained whole.
     """
 
     kind: Literal["vae", "dit"]
@@ -46,6 +49,8 @@ class Contract:
     fps: float
     vae_fingerprint: str | None
     diffusion: dict[str, Any] = field(default_factory=dict)
+    text_encoder: dict[str, Any] = field(default_factory=dict)
+    base: str | None = None
     sha256: str = ""
     format: int = FORMAT
 

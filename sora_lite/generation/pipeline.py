@@ -19,10 +19,11 @@ from sora_lite.diffusion.process import Process
 from sora_lite.diffusion.sampler import SAMPLERS
 from sora_lite.errors import UserError
 from sora_lite.generation.frames import Given, decode_with_given, encode_given
+from sora_lite.generation.text import TextReader, make_reader
 from sora_lite.models.conditions import Conditions
 from sora_lite.models.dit import VideoDiT
 from sora_lite.models.patch import token_grid
-from sora_lite.models.text import ByteTextEncoder, tokenize
+from sora_lite.models.pretrained import FrozenTextEncoder
 from sora_lite.models.vae import CausalVAE
 
 
@@ -89,15 +90,18 @@ def check_requests(requests: Sequence[Request], *, num_classes: int, has_text: b
 
 
 def conditions(
-    requests: Sequence[Request], *, num_classes: int, max_bytes: int | None, device: torch.device
+    requests: Sequence[Request], *, num_classes: int, reader: TextReader | None, device: torch.device
 ) -> Conditions:
-    """As a model with so many classes and so long a text takes them."""
-    labels = text = None
-    if num_classes:
-        labels = torch.tensor([r.label if r.label >= 0 else num_classes for r in requests], device=device)
-    if max_bytes is not None:
-        text = tokenize([r.prompt for r in requests], max_bytes).to(device)
-    return Conditions(labels=labels, text=text)
+    """As a model with so many classes takes them, whose text a reader reads."""
+    text = reader([request.prompt for request in requests]) if reader is not None else Conditions()
+    return replace(text, labels=label_numbers([request.label for request in requests], num_classes, device))
+
+
+def label_numbers(labels: Sequence[int], num_classes: int, device: torch.device) -> Tensor | None:
+    """Labels (-1 for none) as a model with so many classes takes them; None for a model without."""
+    if not num_classes:
+        return None
+    return torch.tensor([label if label >= 0 else num_classes for label in labels], device=device)
 
 
 def sample_latents(
@@ -106,7 +110,7 @@ def sample_latents(
     *,
     shape: Sequence[int],
     num_classes: int,
-    max_bytes: int | None,
+    reader: TextReader | None,
     sampling: SamplingConfig,
     process: Process,
     tokens: int,
@@ -120,13 +124,14 @@ def sample_latents(
     Args:
         model: `VideoDiT`, or an engine around one.
         shape: latent shape (C, t, h, w).
+        reader: of the model's text, None for a model without.
         process: of training; its shift is used where `sampling` names none. tokens: of a clip.
         negative_prompt: what guidance leads away from.
         given: `frames` and `frame_mask` of `Conditions`. Guidance leads to the words, so both sides of it see these.
     """
     check_sampling(sampling, process, shape[0])
     asked, null = (
-        conditions(some, num_classes=num_classes, max_bytes=max_bytes, device=device)
+        conditions(some, num_classes=num_classes, reader=reader, device=device)
         for some in (requests, [Request(prompt=negative_prompt)] * len(requests))
     )
     if given is not None:
@@ -157,10 +162,19 @@ class Pipeline:
     Args:
         dit, vae: in eval mode; moved to the device.
         process: that the DiT was trained on.
+        encoder: on the device, for a DiT that reads the features of a frozen text encoder (`text.open_encoder`).
     """
 
-    def __init__(self, dit: VideoDiT, vae: CausalVAE, process: Process, device: torch.device) -> None:
+    def __init__(
+        self,
+        dit: VideoDiT,
+        vae: CausalVAE,
+        process: Process,
+        device: torch.device,
+        encoder: FrozenTextEncoder | None = None,
+    ) -> None:
         self.dit, self.vae, self.process, self.device = dit.to(device), vae.to(device), process, device
+        self.reader = make_reader(dit, encoder, device)
 
     @torch.no_grad()
     def generate(
@@ -183,10 +197,9 @@ class Pipeline:
         """
         if given is not None and self.dit.embed_frames is None:
             raise UserError("condition: this model reads no frames; train one with model.frame_conditions=true")
-        max_bytes = self.dit.text.max_bytes if isinstance(self.dit.text, ByteTextEncoder) else None
-        check_requests(requests, num_classes=self.dit.num_classes, has_text=max_bytes is not None)
-        if negative_prompt and (max_bytes is None or sampling.guidance == 1):
-            why = "the model reads no text" if max_bytes is None else "sampling.guidance=1 leads away from nothing"
+        check_requests(requests, num_classes=self.dit.num_classes, has_text=self.reader is not None)
+        if negative_prompt and (self.reader is None or sampling.guidance == 1):
+            why = "the model reads no text" if self.reader is None else "sampling.guidance=1 leads away from nothing"
             raise UserError(f"negative_prompt: {negative_prompt!r} was given, but {why}; leave it out")
         try:
             shape = self.vae.latent_shape(*clip)
@@ -205,7 +218,7 @@ class Pipeline:
                 batch,
                 shape=shape,
                 num_classes=self.dit.num_classes,
-                max_bytes=max_bytes,
+                reader=self.reader,
                 sampling=sampling,
                 process=self.process,
                 tokens=tokens,

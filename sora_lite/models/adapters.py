@@ -252,7 +252,7 @@ _PLAIN = {
 """`VideoDiT`'s own defaults."""
 _PAPER = _PLAIN | {"positions": "sincos", "qk_norm": "none", "gelu": "tanh"}
 _LATTE = _PAPER | {"attention": "factorised", "modulation": "shared", "cross_norm": False}
-_WAN = _PLAIN | {"qk_norm": "full", "modulation": "shared", "gelu": "tanh", "text_tokens": 512}
+_WAN = _PLAIN | {"qk_norm": "full", "modulation": "shared", "gelu": "tanh", "pad_text": True}
 PAPER_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 """Heads of the paper's sizes, by width: its files do not tell."""
 CLASSES = {"dit": "DiTTransformer2DModel", "latte": "LatteTransformer3DModel", "wan": "WanTransformer3DModel"}
@@ -363,7 +363,9 @@ def config_of(layout: str, architecture: Mapping[str, Any], latent: tuple[int, i
     lost = {
         key: value
         for key, value in architecture_of(layout, config).items()
-        if value != given[key] and not (key == "rope_theta" and given["positions"] == "sincos")
+        if value != given[key]
+        and not (key == "rope_theta" and given["positions"] == "sincos")
+        and not (key == "text_tokens" and not given["pad_text"])  # how texts are cut is no part of such a model
     }
     if lost:
         key, value = next(iter(lost.items()))

@@ -4,6 +4,7 @@ Shapes: B batch, M text tokens, C_text features of a text encoder, P features of
 T H W latent frames and cells.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -60,6 +61,26 @@ class Conditions:
         Raises:
             ValueError: one of them has a condition that the other lacks.
         """
+        return Conditions(**{name: torch.cat(pair) for name, pair in self._beside(other).items()})
+
+    def rows(self, numbers: Sequence[int]) -> "Conditions":
+        """Some of the batch, in this order."""
+        return Conditions(**{name: tensor[numbers] for name, tensor in self._given().items()})
+
+    def replaced(self, other: "Conditions", where: Mapping[str, Tensor]) -> "Conditions":
+        """Conditions of another batch of this size, by name, in the rows where B bool is True. A text has its mask.
+
+        Raises:
+            ValueError: one of them has a condition that the other lacks.
+        """
+        values = {}
+        for name, (mine, theirs) in self._beside(other).items():
+            rows = where.get("text" if name == "text_mask" else name)
+            values[name] = mine if rows is None else torch.where(_as_rows(rows, mine), theirs, mine)
+        return Conditions(**values)
+
+    def _beside(self, other: "Conditions") -> dict[str, tuple[Tensor, Tensor]]:
+        """Each condition of both; the shorter text is padded."""
         mine, theirs = self._given(), other._given()
         if mine.keys() != theirs.keys():
             raise ValueError(f"conditions {sorted(mine)} cannot be joined with {sorted(theirs)}")
@@ -67,7 +88,12 @@ class Conditions:
             tokens = max(mine["text"].shape[1], theirs["text"].shape[1])
             for name in ("text", "text_mask") if "text_mask" in mine else ("text",):
                 mine[name], theirs[name] = _padded(mine[name], tokens), _padded(theirs[name], tokens)
-        return Conditions(**{name: torch.cat([mine[name], theirs[name]]) for name in mine})
+        return {name: (mine[name], theirs[name]) for name in mine}
+
+
+def _as_rows(where: Tensor, like: Tensor) -> Tensor:
+    """B bool on a tensor's device, with as many axes."""
+    return where.to(like.device).view(-1, *[1] * (like.ndim - 1))
 
 
 def _padded(text: Tensor, tokens: int) -> Tensor:

@@ -15,13 +15,10 @@ from torch.nn import functional as F
 
 from sora_lite.models.blocks import BlockStyle, DiTBlock, FinalLayer, JointBlock, PerBlock
 from sora_lite.models.conditions import Conditions
-from sora_lite.models.layers import Rope, TimestepEmbedding
+from sora_lite.models.layers import TimestepEmbedding
 from sora_lite.models.patch import Grid, patchify, token_grid, unpatchify
 from sora_lite.models.positions import Scaling, rotation, sincos
 from sora_lite.models.text import ByteTextEncoder, TextProjection
-
-LONGEST_TEXT = 512
-"""Tokens of a text of a frozen encoder, where the model names no number: for counting only."""
 
 
 class VideoDiT(nn.Module):
@@ -42,7 +39,8 @@ class VideoDiT(nn.Module):
         num_classes: number of labels, 0 for none. Label `num_classes` itself is the null label.
         text: arguments of `ByteTextEncoder`, None for a model without.
         text_features: width of the features of a frozen text encoder, 0 for a model that reads none.
-        text_tokens: of `TextProjection`; 0 masks padding.
+        text_tokens, pad_text: of the longest text of features, and whether all are padded with zeros to so many tokens,
+            which are attended to (Wan); otherwise padding is masked.
         text_attention: "cross": blocks have a cross-attention to the text; "joint": text tokens go along with the video
             tokens (MMDiT).
         cross_norm: a layer norm before the cross-attention.
@@ -75,7 +73,8 @@ class VideoDiT(nn.Module):
         num_classes: int = 0,
         text: dict[str, int] | None = None,
         text_features: int = 0,
-        text_tokens: int = 0,
+        text_tokens: int = 512,
+        pad_text: bool = False,
         text_attention: Literal["cross", "joint"] = "cross",
         cross_norm: bool = True,
         pooled_features: int = 0,
@@ -110,7 +109,7 @@ class VideoDiT(nn.Module):
             self.pool_text = nn.Linear(self.text.width, width)
             self.embed_text = nn.Linear(self.text.width, width) if self.joint else None
         elif text_features:
-            self.text = TextProjection(text_features, width, text_tokens)
+            self.text = TextProjection(text_features, width, tokens=text_tokens, pad=pad_text)
         if pooled_features:
             self.pool_text = nn.Sequential(nn.Linear(pooled_features, width), nn.SiLU(), nn.Linear(width, width))
         self.pooled_features = pooled_features
@@ -185,7 +184,7 @@ class VideoDiT(nn.Module):
         if self.embed_frames is not None:
             x = x + self.embed_frames(patchify(_given_frames(conditions, latent), self.patch))  # B N D
         condition = self.embed_time(time)  # B D
-        text, mask, pooled = self._read_text(conditions)  # B M D_text, B 1 1 M, B D
+        text, mask, pooled = self._read_text(conditions, latent.dtype)  # B M D_text, B 1 1 M, B D
         if pooled is not None:
             condition = condition + pooled  # B D
         if self.embed_label is not None:
@@ -203,7 +202,9 @@ class VideoDiT(nn.Module):
         x = self.final(x, final_c)  # B N (p q r C)
         return unpatchify(x, grid, self.patch)  # B C T H W
 
-    def _read_text(self, conditions: Conditions) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def _read_text(
+        self, conditions: Conditions, dtype: torch.dtype
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Text B M D_text, mask B 1 1 M (True where a token is real; None for all), pooled text B D."""
         text = mask = pooled = None
         if isinstance(self.text, ByteTextEncoder):
@@ -213,12 +214,12 @@ class VideoDiT(nn.Module):
             pooled = self.pool_text(text.masked_fill(~mask.unsqueeze(-1), -torch.inf).amax(1))  # B D
             text = text if self.embed_text is None else self.embed_text(text)
         elif self.text is not None:
-            text, mask = self.text(_needed(conditions.text, "text"), conditions.text_mask)
+            text, mask = self.text(_needed(conditions.text, "text").to(dtype), conditions.text_mask)
         if self.pooled_features and self.pool_text is not None:
-            pooled = self.pool_text(_needed(conditions.pooled, "pooled"))
+            pooled = self.pool_text(_needed(conditions.pooled, "pooled").to(dtype))
         return text, None if mask is None else mask[:, None, None, :], pooled
 
-    def _place(self, x: Tensor, grid: Grid) -> tuple[Tensor, Rope | None, Tensor | None]:
+    def _place(self, x: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Tokens with their place, the rotation of queries and keys, and what is added before the second block."""
         if self.positions == "rope":
             return x, rotation(grid, self.width // self.heads, self.rope_theta, x.device, self.scaling), None
@@ -238,7 +239,7 @@ class VideoDiT(nn.Module):
         if isinstance(self.text, ByteTextEncoder):
             text = torch.ones(batch, self.text.max_bytes + 1, dtype=torch.int64, device=weight.device)
         elif self.text is not None:
-            text = weight.new_zeros(batch, self.text.tokens or LONGEST_TEXT, self.text.features)
+            text = weight.new_zeros(batch, self.text.tokens, self.text.features)
             mask = torch.zeros(text.shape[:2], dtype=torch.bool, device=weight.device)
         label = torch.full((batch,), self.num_classes, device=weight.device) if self.num_classes else None
         pooled = weight.new_zeros(batch, self.pooled_features) if self.pooled_features else None
@@ -260,14 +261,13 @@ def _given_frames(conditions: Conditions, latent: Tensor) -> Tensor:
 
 
 def _join(
-    x: Tensor, rope: Rope | None, text: Tensor | None, mask: Tensor | None
-) -> tuple[Tensor, Rope | None, Tensor | None]:
+    x: Tensor, rope: Tensor | None, text: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Video and text tokens as one sequence B N+M D, the rotation (none for text) and the mask B 1 1 N+M for it."""
     assert text is not None
     tokens, words = x.shape[1], text.shape[1]
     if rope is not None:
-        cos, sin = rope
-        rope = F.pad(cos, (0, 0, 0, words), value=1.0), F.pad(sin, (0, 0, 0, words))
+        rope = torch.cat([rope, rope.new_ones(words, rope.shape[1])])
     if mask is not None:
         mask = F.pad(mask, (tokens, 0), value=True)
     return torch.cat([x, text], dim=1), rope, mask

@@ -41,24 +41,32 @@ class TextFeatures:
         if self.pooled is not None and (self.pooled.ndim != 2 or len(self.pooled) != len(self.features)):
             raise ValueError(f"text features {tuple(self.features.shape)} with pooled {tuple(self.pooled.shape)}")
 
+    def to(self, device: torch.device) -> "TextFeatures":
+        """The same on a device."""
+        pooled = None if self.pooled is None else self.pooled.to(device, non_blocking=True)
+        features, mask = (one.to(device, non_blocking=True) for one in (self.features, self.mask))
+        return TextFeatures(features=features, mask=mask, pooled=pooled)
+
 
 class FrozenTextEncoder(nn.Module):
     """A pretrained text encoder with its tokenizer. The empty prompt is "no text", the null condition.
 
     Args:
-        folder: as transformers' `save_pretrained` of model and tokenizer writes it.
+        folder: as transformers' `save_pretrained` of model and tokenizer writes it; or a pipeline of diffusers, whose
+            `text_encoder` and `tokenizer` are read.
         max_tokens: longest prompt; longer ones are cut (CLIP reads 77 at most).
+        device: where it computes: on CPUs in fp32, elsewhere in bf16, as Wan runs its UMT5.
 
     Raises:
         UserError: the folder is not one of these, lacks something, or wants to run code of its own.
     """
 
-    def __init__(self, folder: Path, max_tokens: int) -> None:
+    def __init__(self, folder: Path, max_tokens: int, device: torch.device | str = "cpu") -> None:
         super().__init__()
-        self.folder, self.max_tokens = folder, max_tokens
+        self.folder = folder
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; name one that transformers has saved on this machine")
-        self.model, self._tokenizer = _load(folder)
+        self.model, self._tokenizer = _load(folder, torch.device(device))
         longest = getattr(self.model.config, "max_position_embeddings", None)  # None where positions are relative
         self.max_tokens = min(max_tokens, longest or max_tokens)
         self.width: int = self.model.config.hidden_size
@@ -78,10 +86,16 @@ class FrozenTextEncoder(nn.Module):
             features=features, mask=mask.bool(), pooled=out.pooler_output.float() if self.pools else None
         )
 
+    def identity(self) -> dict[str, Any]:
+        """What it is, as manifests and exports say it. Reads all files."""
+        name = self.folder.resolve().name
+        return {"encoder": name, "max_tokens": self.max_tokens, "fingerprint": self.fingerprint()}
+
     def fingerprint(self) -> str:
         """SHA-256 over the names and contents of the folder's files, and `max_tokens`."""
         digest = hashlib.sha256(str(self.max_tokens).encode())
-        for path in sorted(self.folder.iterdir()):
+        files = (path for part in dict.fromkeys(_parts(self.folder)) for path in part.iterdir())
+        for path in sorted(files, key=lambda path: path.name):
             if path.suffix in _READ and path.is_file():
                 digest.update(path.name.encode())
                 with path.open("rb") as file:
@@ -89,18 +103,28 @@ class FrozenTextEncoder(nn.Module):
         return digest.hexdigest()
 
 
-def _load(folder: Path) -> tuple[Any, Any]:
+def _parts(folder: Path) -> tuple[Path, Path]:
+    """Where model and tokenizer lie."""
+    if (folder / "text_encoder" / "config.json").is_file():
+        return folder / "text_encoder", folder / "tokenizer"
+    return folder, folder
+
+
+def _load(folder: Path, device: torch.device) -> tuple[Any, Any]:
     """(model, tokenizer) of a folder."""
     import transformers  # seconds, and only models with such an encoder need it
 
+    transformers.utils.logging.disable_progress_bar()  # of every rank, for what takes a moment
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    weights, words = _parts(folder)
     try:
-        config = transformers.AutoConfig.from_pretrained(str(folder), **local)
+        config = transformers.AutoConfig.from_pretrained(str(weights), **local)
         if config.model_type not in KINDS:
             raise UserError(f"{folder}: holds a {config.model_type}, not one of {', '.join(sorted(KINDS))}")
         kind = getattr(transformers, KINDS[config.model_type])
-        model = kind.from_pretrained(str(folder), local_files_only=True, use_safetensors=True, dtype=torch.float32)
-        return model, transformers.AutoTokenizer.from_pretrained(str(folder), **local)
+        model = kind.from_pretrained(str(weights), local_files_only=True, use_safetensors=True, dtype=dtype)
+        return model.to(device), transformers.AutoTokenizer.from_pretrained(str(words), **local)
     except (OSError, ValueError, KeyError, TypeError) as error:
         why = " ".join(str(error).split())[:200]
         raise UserError(

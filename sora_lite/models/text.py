@@ -64,13 +64,14 @@ class TextProjection(nn.Module):
     Args:
         features: width C of the encoder's features.
         width: width D of the DiT.
-        tokens: 0, so that padding is masked; or, as Wan was trained, the number of tokens to which a text with a mask
-            is padded with zeros, which are attended to.
+        tokens: of the longest text.
+        pad: as Wan was trained: a text with a mask is padded with zeros to so many tokens, which are attended to.
+            Otherwise padding is masked.
     """
 
-    def __init__(self, features: int, width: int, tokens: int = 0) -> None:
+    def __init__(self, features: int, width: int, *, tokens: int, pad: bool = False) -> None:
         super().__init__()
-        self.features, self.tokens = features, tokens
+        self.features, self.tokens, self.pad = features, tokens, pad
         self.mlp = MLP(features, width, width, gelu="tanh")
 
     def forward(self, text: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -83,14 +84,14 @@ class TextProjection(nn.Module):
         """
         if text.shape[-1] != self.features:
             raise ValueError(f"text features are {text.shape[-1]} wide; the model reads {self.features}")
+        if text.shape[1] > self.tokens:
+            raise ValueError(f"a text has {text.shape[1]} tokens; the model reads at most {self.tokens}")
         if mask is None:
             return self.mlp(text), None
         text = text.masked_fill(~mask.unsqueeze(-1), 0)  # B M C
-        if not self.tokens:
+        if not self.pad:
             nothing = F.pad(~mask.any(1, keepdim=True), (0, mask.shape[1] - 1))  # B M, only ever the first
             return self.mlp(text), mask | nothing
-        if text.shape[1] > self.tokens:
-            raise ValueError(f"a text has {text.shape[1]} tokens; the model reads at most {self.tokens}")
         return self.mlp(F.pad(text, (0, 0, 0, self.tokens - text.shape[1]))), None
 
 

@@ -2,8 +2,9 @@
 
 A rank's file `ENGINE-rank_00000.safetensors` holds, for each fragment of a parameter NAME, the 1-D fp32 tensors
 `NAME|fp32`, `NAME|exp_avg`, `NAME|exp_avg_sq` and, with averaged weights, `NAME|ema`; its metadata says at which offset
-of which full shape they lie. Rank 0 adds buffers and frozen parameters as `NAME|constant`. As the fragments tile each
-parameter, any number of ranks at any ZeRO stage loads what any other wrote (`training.restore`).
+of which full shape they lie. Rank 0 adds buffers as `NAME|buffer`. Frozen parameters are left out: whoever froze them
+has them. As the fragments tile each parameter, any number of ranks at any ZeRO stage loads what any other wrote
+(`training.restore`).
 
     saver = Saver(folder, engines, emas, rank, ...)      # takes the memory that snapshots need
     saver.save(step, extra)                              # copies the state, and returns; a thread writes it
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     from sora_lite.training.engine import Engine
 
 KINDS = ("fp32", "exp_avg", "exp_avg_sq")
-"""What is stored of every trained parameter. `ema` and, for what is not trained, `constant` come beside them."""
+"""What is stored of every trained parameter. `ema` and, of buffers, `buffer` come beside them."""
 
 _ENGINE = re.compile(r"[a-z][a-z0-9_]*")
 _PATIENCE = 5.0  # seconds; ranks that wait for each other meet so often, or the process group gives up
@@ -101,7 +103,7 @@ class Content:
             yield byte_view(tensor.cpu().contiguous())
 
 
-def contents(engine: "Engine", ema: "EMA | None", constants: Mapping[str, Tensor], rank: Rank) -> Content | None:
+def contents(engine: "Engine", ema: "EMA | None", rank: Rank) -> Content | None:
     """This rank's file of one engine; None where it holds nothing that others do not. Refers to the live tensors."""
     if engine.stage == 0 and not rank.is_main:
         return None  # everything is replicated
@@ -116,7 +118,7 @@ def contents(engine: "Engine", ema: "EMA | None", constants: Mapping[str, Tensor
             stored["ema"] = average
         tensors.update({f"{fragment.name}|{kind}": tensor for kind, tensor in stored.items()})
     if rank.is_main:
-        tensors.update({f"{key}|constant": tensor for key, tensor in constants.items()})
+        tensors.update({f"{name}|buffer": tensor for name, tensor in engine.buffers().items()})
     return Content.of(tensors, {"fragments": json.dumps(layout)})
 
 
@@ -212,16 +214,14 @@ class Saver:
 
     @staticmethod
     def _room(content: Content) -> Tensor:
-        pin = any(tensor.is_cuda for tensor in content.tensors)
         # Written to, so that the first snapshot need not wait for the memory.
-        return torch.empty(content.data_bytes, dtype=torch.uint8, pin_memory=pin).zero_()
+        if any(tensor.is_cuda for tensor in content.tensors):
+            return torch.empty(content.data_bytes, dtype=torch.uint8, pin_memory=True).zero_()
+        # NumPy asks the kernel for huge pages, torch does not: copying into them is a quarter faster.
+        return torch.from_numpy(np.empty(content.data_bytes, dtype=np.uint8)).zero_()
 
     def _contents(self) -> dict[str, Content]:
-        constants = {name: engine.constants() for name, engine in self.engines.items()}
-        files = {
-            name: contents(engine, self.emas.get(name), constants[name], self.rank)
-            for name, engine in self.engines.items()
-        }
+        files = {name: contents(engine, self.emas.get(name), self.rank) for name, engine in self.engines.items()}
         return {name: content for name, content in files.items() if content is not None}
 
     def _on_disk(self, work: Callable[[], Any]) -> Any:

@@ -41,6 +41,7 @@ from torch import Tensor, nn
 
 from sora_lite.config import OptimConfig, ParallelConfig, Precision
 from sora_lite.errors import UserError
+from sora_lite.parallel.apply import blocks_of
 from sora_lite.parallel.env import Rank
 from sora_lite.training.optim import parameter_groups
 
@@ -147,6 +148,10 @@ class Engine:
             fused=True,  # several times faster on CPU; and an optimizer that is passed in ready-made is not compiled
         )
         ds = _deepspeed(rank.device.type)
+        if parallel.compile and parallel.zero_stage == 3:
+            # Weights are gathered for a compiled block as a whole: hooks within it would break its graph.
+            for block in blocks_of(module):
+                ds.utils.set_z3_leaf_module(block, True)
         numel = sum(math.prod(shape) for shape in self.shapes.values())
         settings = _settings(optim, parallel, rank, self.micro_batch, numel)
         with contextlib.redirect_stdout(io.StringIO()):  # memory reports that no setting turns off
@@ -326,39 +331,32 @@ class Engine:
             if optimizer.persistent_parameters:  # small ones, which stay gathered between steps
                 optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
-    def constants(self) -> dict[str, Tensor]:
-        """What a state dict holds beside the trained parameters: persistent buffers and frozen parameters, as copies.
-
-        A collective.
-        """
-        with self._frozen_gathered(write=False):
-            return {name: tensor.detach().clone() for name, tensor in self._constant_tensors().items()}
-
-    @torch.no_grad()
-    def load_constants(self, values: dict[str, Tensor]) -> None:
-        """Copy `values`, named as in `constants`, into the module. A collective."""
-        with self._frozen_gathered(write=True):
-            for name, tensor in self._constant_tensors().items():
-                tensor.copy_(values[name])
-
-    def _constant_tensors(self) -> dict[str, Tensor]:
+    def buffers(self) -> dict[str, Tensor]:
+        """The module's persistent buffers, by name, as they are: what a state dict holds beside parameters."""
         state = self.module.state_dict(keep_vars=True)
-        return {name: t for name, t in state.items() if not (isinstance(t, nn.Parameter) and t.requires_grad)}
+        return {name: tensor.detach() for name, tensor in state.items() if not isinstance(tensor, nn.Parameter)}
 
-    def _frozen_gathered(self, *, write: bool) -> contextlib.AbstractContextManager:
-        frozen = [p for p in self.module.parameters() if not p.requires_grad]
-        if self.stage != 3 or not frozen:
-            return contextlib.nullcontext()
-        return _deepspeed(self.rank.device.type).zero.GatheredParameters(frozen, modifier_rank=0 if write else None)
+    def load_buffers(self, values: dict[str, Tensor]) -> None:
+        """Copy `values`, named as in `buffers`, into the module."""
+        for name, buffer in self.buffers().items():
+            buffer.copy_(values[name])
+
+    def frozen(self) -> dict[str, Tensor]:
+        """The module's frozen parameters, by name, as they are: at stage 3 this rank's part of each, flat.
+
+        They are no part of the state that training makes: whoever froze them has them.
+        """
+        frozen: dict[str, Any] = {name: p for name, p in self.module.named_parameters() if not p.requires_grad}
+        return {name: (p.ds_tensor if self.stage == 3 else p).detach() for name, p in frozen.items()}
 
     def replicated(self) -> dict[str, Tensor]:
         """Tensors of the module that must be the same on every rank between steps: at stage 0 the trained weights."""
         return {name: p for name, p in self.module.named_parameters() if self.stage == 0 and name in self.shapes}
 
     def full_state(self, ema: "EMA | None" = None) -> dict[str, Tensor]:
-        """The full state dict in fp32 on the CPU: the masters, or the average `ema`; buffers as they are. A collective.
+        """The state dict without frozen parameters, on the CPU: masters or the average `ema` in fp32, and buffers.
 
-        Every rank gets it. It needs room for the whole model.
+        Every rank gets it. It needs room for all of it. A collective.
         """
         fragments = self.fragments()
         held = {f.name: (f.offset, piece) for f, piece in zip(fragments, self._pieces(ema, fragments), strict=True)}
@@ -371,7 +369,7 @@ class Engine:
             if self.stage > 0 and self.rank.world_size > 1:
                 dist.all_reduce(whole)  # all but one rank add zero: exact
             full[name] = whole.view(shape).cpu()
-        full.update({name: tensor.cpu() for name, tensor in self.constants().items()})
+        full.update({name: tensor.cpu().clone() for name, tensor in self.buffers().items()})
         return full
 
     @staticmethod

@@ -108,8 +108,9 @@ class HeldOut:
         rank: Rank,
         batch: int,
         latents: Joined | None = None,
+        text: Joined | None = None,
     ) -> None:
-        self._reader, self._fps = ClipReader(index, cache_bytes=0, latents=latents), fps
+        self._reader, self._fps = ClipReader(index, cache_bytes=0, latents=latents, text=text), fps
         first = index.by_key
         chosen = first[frames_at(index.frames[first], index.fps[first], fps) >= shape[0]][:count]
         self.count = len(chosen)
@@ -135,7 +136,7 @@ class HeldOut:
 
     def _read(self, part: slice) -> ClipBatch:
         samples = self._samples[part]
-        places, clips = Places(len(samples), self.shape), []
+        places, views = Places(len(samples), self.shape), []
         for place, sample in enumerate(samples.tolist(), part.start):
             try:
                 clip = self._reader.read(sample, self.shape, self._fps, places=places)
@@ -148,13 +149,12 @@ class HeldOut:
                 black[:] = 0
                 clip = Clip(pixels=black, crop=(0, 0, 0, 0), captions=[], label=-1)
             places.keep(clip)
-            clips.append(clip)
+            views.append(View(start=0, crop=clip.crop, flip=False))
         return places.batch(
             keys=[self._reader.index.key(int(sample)) for sample in samples],
-            captions=[clip.captions[0] if clip.captions else "" for clip in clips],
             positions=torch.from_numpy(self._places[part]),
             step=0,
-            views=[View(start=0, crop=clip.crop, flip=False) for clip in clips],
+            views=views,
             samples=torch.from_numpy(samples),
             bucket=0,
         )

@@ -6,6 +6,7 @@ Shapes: B batch, C latent channels, T H W frames and pixels, t h w latent frames
 import copy
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sora_lite.config import DiffusionConfig, DiTConfig, FrameRule, SamplingConfig
+from sora_lite.config import DiffusionConfig, DiTConfig, FrameRule, LoraConfig, SamplingConfig
 from sora_lite.data.batch import ClipBatch
 from sora_lite.data.order import hash_seed
 from sora_lite.diffusion.path import PathSample
@@ -24,19 +25,22 @@ from sora_lite.generation.pipeline import (
     Request,
     check_requests,
     clips_at_once,
-    conditions,
+    label_numbers,
     make_process,
     sample_latents,
     seeded_normal,
     to_float,
     to_uint8,
 )
+from sora_lite.generation.text import FrozenReader, make_reader
 from sora_lite.models.conditions import Conditions
 from sora_lite.models.dit import VideoDiT
 from sora_lite.models.patch import token_grid
+from sora_lite.models.pretrained import FrozenTextEncoder, TextFeatures
 from sora_lite.models.vae import CausalVAE, Posterior
 from sora_lite.parallel.env import Rank
 from sora_lite.training.engine import Engine
+from sora_lite.training.lora import Adapted, adapt
 from sora_lite.training.metrics import Means, count_flops
 from sora_lite.training.objective import HeldOut, Loss
 
@@ -53,6 +57,8 @@ class DiTObjective:
         model, diffusion: as configured.
         frames: how often which frames are given.
         vae: frozen; stays outside of the engine, whole on every rank.
+        encoder: frozen likewise, on the rank's device; of a model that reads text features. Only where nothing is
+            trained (`sora-lite data-preview`) it may be left out.
         seed: of the run.
         rank: this process.
     """
@@ -64,6 +70,7 @@ class DiTObjective:
         model: DiTConfig,
         diffusion: DiffusionConfig,
         vae: CausalVAE,
+        encoder: FrozenTextEncoder | None = None,
         *,
         frames: Sequence[FrameRule] = (),
         seed: int,
@@ -75,11 +82,19 @@ class DiTObjective:
         self.vae = vae.to(rank.device)
         self.fingerprint = vae.fingerprint()
         self.architecture = {"channels": vae.latent_channels, **asdict(model)}
-        self.module: nn.Module = VideoDiT(**self.architecture)
-        self.max_bytes = model.text.max_bytes if model.text else None
-        streams = (model.num_classes > 0) + (model.text is not None)
+        dit = VideoDiT(**self.architecture)
+        self.module: nn.Module = dit
+        self.adapted: Adapted | None = None
+        self.encoder = encoder
+        self.text_encoder = encoder.identity() if encoder is not None else {}
+        self.reader = make_reader(dit, encoder, rank.device)
+        streams = (dit.num_classes > 0) + (dit.text is not None) + (dit.pooled_features > 0)
         # Independent draws per stream that together drop all with the configured probability.
         self.drop = diffusion.condition_dropout ** (1 / streams)
+
+    def adapt(self, lora: LoraConfig, init_from: str) -> None:
+        """Train adapters of the model in `init_from` instead of its weights; see `lora.adapt`."""
+        self.adapted = adapt(self.module, self.architecture, lora, init_from)
 
     def tokens(self, frames: int, height: int, width: int) -> int:
         """Tokens of the transformer."""
@@ -116,19 +131,38 @@ class DiTObjective:
             return {"loss": error}
         return {"loss": error + self.diffusion.vlb_weight * STEPS * bound, "mse": error, "vlb": bound}
 
-    def dropped(self, requests: list[Request], seeds: list[int]) -> list[Request]:
-        """Requests with each condition left out at random."""
-        kept = []
-        for request, seed in zip(requests, seeds, strict=True):
-            draws = torch.rand(2, generator=torch.Generator().manual_seed(seed))
-            label = -1 if draws[0] < self.drop else request.label
-            kept.append(Request(prompt="" if draws[1] < self.drop else request.prompt, label=label))
-        return kept
+    def conditions(self, batch: ClipBatch) -> Conditions:
+        """What is said of each clip, as far as the model reads it.
 
-    def _conditions(self, requests: list[Request]) -> Conditions:
-        return conditions(
-            requests, num_classes=self.config.num_classes, max_bytes=self.max_bytes, device=self.rank.device
-        )
+        Raises:
+            UserError: a label that the model does not have.
+        """
+        requests = self._requests(batch)
+        check_requests(requests, num_classes=self.config.num_classes, has_text=self.reader is not None)
+        labels = label_numbers([one.label for one in requests], self.config.num_classes, self.rank.device)
+        return replace(self._text(batch), labels=labels)
+
+    def _text(self, batch: ClipBatch) -> Conditions:
+        """Text of each clip; what was not made beforehand is read or encoded now."""
+        if self.reader is None:
+            return Conditions()
+        if batch.text is None or batch.text_mask is None:
+            return self.reader(batch.captions)
+        assert isinstance(self.reader, FrozenReader)  # `config.check` lets no other model have such batches
+        made = TextFeatures(features=batch.text, mask=batch.text_mask, pooled=batch.pooled)
+        return self.reader.complete(made, batch.captions)
+
+    @cached_property
+    def _nothing(self) -> Conditions:
+        """One row that asks for nothing."""
+        labels = label_numbers([-1], self.config.num_classes, self.rank.device)
+        return replace(Conditions() if self.reader is None else self.reader([""]), labels=labels)
+
+    def dropped(self, conditions: Conditions, seeds: list[int]) -> Conditions:
+        """The conditions, each of them left out at random."""
+        draws = torch.stack([torch.rand(3, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        left_out = dict(zip(("labels", "text", "pooled"), (draws < self.drop).unbind(1), strict=True))
+        return conditions.replaced(self._nothing.rows([0] * len(seeds)), left_out)
 
     @torch.no_grad()
     def _latents(self, batch: ClipBatch, seeds: list[int]) -> Tensor:
@@ -166,9 +200,7 @@ class DiTObjective:
         noise = seeded_normal(data.shape[1:], self._seed(batch, "noise"), self.rank.device)
         time = self.times(self._seed(batch, "time"), self.tokens(*batch.shape))  # B
         point = self.process.point(data, noise, time)
-        requests = self._requests(batch)
-        check_requests(requests, num_classes=self.config.num_classes, has_text=self.max_bytes is not None)
-        conditions = self._conditions(self.dropped(requests, self._seed(batch, "dropout")))
+        conditions = self.dropped(self.conditions(batch), self._seed(batch, "dropout"))
         conditions = self._with_frames(conditions, batch.video, self._seed(batch, "frames"))
         prediction = self._predict(engine, point.x_t, time, conditions)
         losses = self.losses(prediction, data, point, time)
@@ -189,7 +221,7 @@ class DiTObjective:
         for batch, weights in held_out.batches():
             places = batch.positions
             data = self._latents(batch, [hash_seed("validation", int(p), "posterior") for p in places])
-            conditions = self._conditions(self._requests(batch))
+            conditions = self.conditions(batch)
             conditions = self._with_frames(
                 conditions, batch.video, [hash_seed("validation", int(p), "frames") for p in places]
             )
@@ -209,9 +241,7 @@ class DiTObjective:
     def _requests(self, batch: ClipBatch) -> list[Request]:
         """What is said of each clip, as far as the model reads it."""
         return [
-            Request(
-                prompt=caption if self.max_bytes is not None else "", label=label if self.config.num_classes else -1
-            )
+            Request(prompt=caption if self.reader is not None else "", label=label if self.config.num_classes else -1)
             for caption, label in zip(batch.captions, batch.labels.tolist(), strict=True)
         ]
 
@@ -227,7 +257,7 @@ class DiTObjective:
             requests,
             shape=self.vae.latent_shape(*held_out.shape),
             num_classes=self.config.num_classes,
-            max_bytes=self.max_bytes,
+            reader=self.reader,
             sampling=SamplingConfig(),
             process=self.process,
             tokens=self.tokens(*held_out.shape),
@@ -246,14 +276,24 @@ class DiTObjective:
         """Nothing to add to the weights."""
 
     def frozen(self) -> dict[str, torch.Tensor]:
-        return {f"vae.{name}": tensor for name, tensor in self.vae.state_dict().items()}
+        held = {f"vae.{name}": tensor for name, tensor in self.vae.state_dict().items()}
+        if self.encoder is not None:
+            held |= {f"text.{name}": tensor for name, tensor in self.encoder.state_dict().items()}
+        return held
 
     def state(self) -> dict[str, Any]:
         return {
             "model": self.architecture,
             "vae_fingerprint": self.fingerprint,
             "diffusion": asdict(self.process),
+            "text_encoder": self.text_encoder,
+            "lora": self.adapted and asdict(self.adapted),
         }
 
     def inputs(self) -> dict[str, str]:
-        return {"vae_from": self.fingerprint}
+        inputs = {"vae_from": self.fingerprint}
+        if self.text_encoder:
+            inputs["text_from"] = self.text_encoder["fingerprint"]
+        if self.adapted is not None:
+            inputs["init_from"] = self.adapted.sha256
+        return inputs

@@ -13,6 +13,10 @@ from torch import Tensor
 from sora_lite.errors import UserError
 from sora_lite.parallel.env import Rank
 
+WORDS_AT_ONCE = 2**24
+"""Words of a tensor that are summed up together: an embedding of a quarter of a million words would not fit beside
+itself in twice the size."""
+
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
     """Digest of names, shapes and every bit of tensors, summed up on their device: one pass, 16 bytes brought back.
@@ -24,9 +28,12 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         raw = tensor.detach().contiguous().flatten().view(torch.uint8)
         head = len(raw) // 4 * 4
-        words = raw[:head].view(torch.int32).long()
-        places = torch.arange(1, len(words) + 1, device=words.device)
-        sums = [words.sum(), (words * places).sum(), raw[head:].long().sum()]
+        words = raw[:head].view(torch.int32)
+        sums = [raw[head:].long().sum()]
+        for start in range(0, len(words), WORDS_AT_ONCE):
+            some = words[start : start + WORDS_AT_ONCE].long()
+            places = torch.arange(start + 1, start + len(some) + 1, device=some.device)
+            sums += [some.sum(), (some * places).sum()]
         digest.update(str([int(one) for one in sums]).encode())
     return digest.hexdigest()[:16]
 
@@ -37,16 +44,19 @@ class ReplicaCheck:
     Args:
         rank: this process.
         frozen: tensors that training never writes, by name (a frozen VAE or text encoder).
+        parts: such of which each rank holds a part of its own.
         facts: JSON that must be the same everywhere, such as the configuration and the version of the code.
 
     Raises:
         UserError: the ranks do not start alike.
     """
 
-    def __init__(self, rank: Rank, frozen: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        self._rank, self._frozen = rank, frozen
-        self._start = checksum(frozen)
-        told = {"frozen weights": self._start, **{name: _digest(value) for name, value in facts.items()}}
+    def __init__(
+        self, rank: Rank, frozen: Mapping[str, Tensor], parts: Mapping[str, Tensor], facts: Mapping[str, Any]
+    ) -> None:
+        self._rank, self._frozen = rank, (frozen, parts)
+        self._start = [checksum(one) for one in self._frozen]
+        told = {"frozen weights": self._start[0], **{name: _digest(value) for name, value in facts.items()}}
         self._refuse(told, "start the run anew with the same code and settings on every node")
 
     def check(self, replicated: Mapping[str, Tensor]) -> None:
@@ -55,7 +65,7 @@ class ReplicaCheck:
         Raises:
             UserError: on all ranks, naming the odd one. Nothing was saved since the last check.
         """
-        now = checksum(self._frozen)
+        now = [checksum(one) for one in self._frozen]
         changed = self._rank.gather([now != self._start, _where()])
         cure = "take that node out of service; the same command goes on from the last checkpoint, made before it"
         if odd := [f"rank {number} ({where})" for number, (is_odd, where) in enumerate(changed) if is_odd]:

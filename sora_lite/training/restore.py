@@ -144,7 +144,7 @@ class _Reader:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.kinds: set[str] = set()
         self._pieces: dict[tuple[str, str], list[tuple[int, int, BinaryIO, int]]] = {}
-        self._constants: dict[str, Any] = {}
+        self._buffers: dict[str, Any] = {}
         for name in sorted(n for n in files if own.fullmatch(n)):
             try:
                 # Stays open as long as it is referred to here. It checks the header, on which `_index` relies.
@@ -165,8 +165,8 @@ class _Reader:
             name, _, kind = key.rpartition("|")
             if key == "__metadata__":
                 continue
-            if kind == "constant":
-                self._constants[name] = file
+            if kind == "buffer":
+                self._buffers[name] = file
                 continue
             if facts["dtype"] != "F32" or len(facts["shape"]) != 1:
                 raise ValueError(f"{key} is {facts['dtype']} {facts['shape']}")
@@ -196,9 +196,9 @@ class _Reader:
         shape = self.shapes[name]
         return self.read(name, kind, 0, torch.empty(math.prod(shape))).view(shape)
 
-    def constants(self) -> dict[str, Tensor]:
-        """Buffers and frozen parameters."""
-        return {name: file.get_tensor(f"{name}|constant") for name, file in self._constants.items()}
+    def buffers(self) -> dict[str, Tensor]:
+        """The buffers, whole."""
+        return {name: file.get_tensor(f"{name}|buffer") for name, file in self._buffers.items()}
 
 
 def _read_into(file: BinaryIO, data: memoryview, offset: int) -> None:
@@ -246,8 +246,7 @@ def load(
     if check is not None:
         rank.together(lambda: check(path, state))
     readers = rank.together(lambda: {name: _Reader(path, name, known) for name in engines})
-    constants = {name: engine.constants() for name, engine in engines.items()}
-    rank.together(lambda: _check_fits(engines, constants, readers, emas))
+    rank.together(lambda: _check_fits(engines, readers, emas))
     for name, engine in engines.items():
         reader, ema = readers[name], emas.get(name)
         fragments = engine.fragments()
@@ -258,14 +257,13 @@ def load(
             for fragment, average in zip(fragments, ema.pieces(fragments), strict=True):
                 reader.read(fragment.name, "ema", fragment.offset, average)
         engine.step_count = state["engines"][name]["optimizer_step"]
-        engine.load_constants(reader.constants())
+        engine.load_buffers(reader.buffers())
         engine.refresh_weights()
     return state
 
 
 def _check_fits(
     engines: Mapping[str, "Engine"],
-    constants: Mapping[str, dict[str, Tensor]],
     readers: Mapping[str, _Reader],
     emas: Mapping[str, "EMA | None"],
 ) -> None:
@@ -275,7 +273,7 @@ def _check_fits(
         where = f"{reader.path} does not fit the {engine!r} of this configuration"
         for what, held, wanted in (
             ("parameter", reader.shapes, engines[engine].shapes),
-            ("buffer or frozen parameter", _shapes(reader.constants()), _shapes(constants[engine])),
+            ("buffer", _shapes(reader.buffers()), _shapes(engines[engine].buffers())),
         ):
             for name in [*wanted, *held]:
                 there, here = (shapes.get(name, "missing") for shapes in (held, wanted))
@@ -290,7 +288,9 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def read_full(path: Path, source: str = "ema", engine: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A checkpoint's model as a full state dict on the CPU, and its state as from `load`. Needs no process group.
+    """What a checkpoint's run trained as full tensors on the CPU, and its state as from `load`. Needs no process group.
+
+    It is the state dict of the model, which lacks parameters that were frozen.
 
     Args:
         path: Directory of the checkpoint; it is verified first.
@@ -312,4 +312,4 @@ def read_full(path: Path, source: str = "ema", engine: str | None = None) -> tup
     kind = "ema" if source == "ema" else "fp32"
     if kind not in reader.kinds:
         raise UserError(f"{path} holds no averaged weights: use weights=raw")
-    return {**{name: reader.full(name, kind) for name in reader.shapes}, **reader.constants()}, state
+    return {**{name: reader.full(name, kind) for name in reader.shapes}, **reader.buffers()}, state

@@ -58,6 +58,12 @@ def make_model(**kwargs) -> TinyModel:
     return TinyModel(**kwargs)
 
 
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without what is frozen."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+
+
 def batch(step: int) -> tuple[Tensor, Tensor]:
     """Tokens (B, 5) and targets (B,) of a global step."""
     tokens = torch.randint(0, 11, (BATCH, 5), generator=torch.Generator().manual_seed(100 + step))
@@ -139,7 +145,7 @@ def contents(path: Path) -> dict[str, Tensor]:
             for key in stored.keys():  # noqa: SIM118 - not a mapping
                 name, _, kind = key.rpartition("|")
                 piece = stored.get_tensor(key)
-                if kind == "constant":
+                if kind == "buffer":
                     full[f"{engine}|{key}"] = piece
                     continue
                 shape, offset = layout[name]["shape"], layout[name]["offset"]

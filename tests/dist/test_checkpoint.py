@@ -62,7 +62,7 @@ def convert_layouts(rank: Rank, folder: str, pairs: list[list]) -> list[float]:
         again = saved(rank, engine, ema, Path(folder) / f"{source}-{rank.world_size}-{stage}-{precision}", 3)
         raw, _ = restore.read_full(again, "raw")
         plain = dm.make_model()
-        plain.load_state_dict(raw)
+        plain.load_state_dict(raw, strict=False)
         tokens = dm.batch(0)[0]
         if precision == "bf16":
             shift = plain.shift.clone()
@@ -92,8 +92,7 @@ def test_any_layout_loads_what_any_other_wrote(tmp_path: Path) -> None:
         for (source, stage, precision), loss in zip(pairs, losses, strict=True):
             before = dm.contents(tmp_path / source / "step_00000003")
             after = dm.contents(tmp_path / f"{source}-{world}-{stage}-{precision}" / "step_00000003")
-            if precision == "bf16":  # a frozen layer is kept in the type of the model
-                before, after = ({n: t for n, t in one.items() if "constant" not in n} for one in (before, after))
+            assert not any("|fixed." in name for name in before), "a frozen layer is in a checkpoint"
             assert dm.digest(before) == dm.digest(after), f"{source} changed on its way into stage {stage}"
             tolerance = 1e-5 if precision == "fp32" else 0.05
             assert loss == pytest.approx(dm.train_plainly(4)[0][3], abs=tolerance)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from dist_ranks import run_ranks
-from tiny_inputs import Tiny
+from tiny_inputs import Plain, Tiny
 from torch import nn
 
 from sora_lite.cli.compose import compose
@@ -52,16 +52,6 @@ def train_at_every_layout(rank: Rank, root: str, configs: dict[str, Any]) -> dic
         rank.barrier()
         found[name] = [line["loss"] for line in read_record(Path(root) / name / RECORD) if "loss" in line]
     return found
-
-
-class Plain:
-    """What an objective asks of an engine, without one."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def __call__(self, *args: Any) -> Any:
-        return self.module(*args)
 
 
 def train_plainly(kind: str, tiny: Tiny) -> list[float]:

@@ -61,6 +61,8 @@ def test_every_choice_composes(root: str) -> None:
         if root in ("train", "data_preview") and any(override.startswith("model=dit_") for override in overrides):
             # The paper's models learn a variance, for which rectified flow has no use: it comes alone.
             overrides = [one for one in overrides if not one.startswith("diffusion=")] + ["diffusion=ddpm"]
+        if root == "train" and any(override.startswith("model=wan_") for override in overrides):
+            overrides.append("text_from=umt5")
         assert isinstance(compose_whole(root, *overrides), schema.ROOTS[root]), overrides
 
 

@@ -31,6 +31,7 @@ ONLY_IN = {
     "hydra": ("sora_lite.config", "sora_lite.cli"),
     "omegaconf": ("sora_lite.config", "sora_lite.cli", "sora_lite.training.trainer", "data_tools"),
     "torch.distributed": ("sora_lite.parallel", "sora_lite.training", "sora_lite.cli"),
+    "peft": ("sora_lite.models.lora",),
     "av": ("sora_lite.data.video",),
     "torch": ("sora_lite", "data_tools.transnet", "data_tools.score_models", "data_tools.encode"),
 }

@@ -138,6 +138,23 @@ def test_stills_in_all_their_kinds(tmp_path: Path) -> None:
     assert stamped.read_stamp(clip.frames[0]) == 0 and set(index.frames.tolist()) == {1}
 
 
+def test_an_image_set_is_trained_on(tiny: Tiny, tmp_path: Path) -> None:
+    """`jpg` and `txt`, as sets of pictures are spread."""
+    folder, index = tmp_path / "theirs", tmp_path / "index"
+    folder.mkdir()
+    with webdataset.ShardWriter(str(folder / "%05d.tar"), maxcount=5, verbose=0) as writer:
+        for i in range(12):
+            writer.write({"__key__": f"{i:09d}", "jpg": stamped.still("jpeg"), "txt": f"picture {i}"})
+    assert sora_data("index", folder, index, "validation_fraction=0", "workers=0") == 0
+    assert everything(index) == {f"{i:09d}": ([f"picture {i}"], -1) for i in range(12)}
+    words = ["experiment=tiny", "run.name=stills", f"run.root={tmp_path}", f"data.shards={index}"]
+    words += ["data.buckets=[{resolution: [32, 32], frames: 1, batch: 8}]", "run.steps=2", "run.validation_samples=0"]
+    assert call("train", *words, f"vae_from={tiny.vae}", "model.num_classes=0") == 0
+    lines = [line for line in read_record(tmp_path / "stills/metrics.jsonl") if "loss" in line]
+    assert [line["step"] for line in lines] == [1, 2] and all(line["clips_1x32x32"] == 8 for line in lines)
+    assert all(line["bad_samples"] == 0 and line["loss"] > 0 for line in lines)
+
+
 @pytest.mark.parametrize(
     "name", ["h264_open", "edit_list_open", "vfr_mp4", "wide_pixels", "h264_open_mkv", "hevc_open"]
 )
@@ -179,6 +196,7 @@ HOSTILE: dict[str, tuple[Callable[[bytes], Members], str]] = {
     "deep json": (lambda mp4: [("bad.mp4", mp4), ("bad.json", b"[" * 100_000)], "words cannot be read"),
     "list": (lambda mp4: [("bad.mp4", mp4), ("bad.json", b"[1]")], "words cannot be read"),
     "caption": (lambda mp4: [("bad.mp4", mp4), ("bad.json", b'{"caption": 3}')], "captions are no list of texts"),
+    "half a pair": (lambda mp4: [("bad.mp4", mp4), ("bad.json", b'{"caption": "\\ud800"}')], "no list of texts"),
     "text": (lambda mp4: [("bad.mp4", mp4), ("bad.txt", b"\xff")], "holds no text"),
     "label": (lambda mp4: [("bad.mp4", mp4), ("bad.cls", b"cat")], "label 'cat' is no whole number"),
     "below": (lambda mp4: [("bad.mp4", mp4), ("bad.cls", b"-1")], "is no whole number"),

@@ -85,7 +85,9 @@ def test_dry_run_prints_the_command_and_touches_nothing(
         (["slurm.nodse=3"], "slurm.nodes"),
         (["slurm=nowhere"], "gpu_node"),
         (["--dryrun"], "--dry-run"),
-        ([], "manifest.json does not exist"),
+        ([], "data.shards: shards/manifest.json does not exist"),
+        (["data.shards=https://host/shards", "data.latents=made"], "data.latents: made/manifest.json does not exist"),
+        (["data.shards=https://host/shards", "data.latents=https://host/made"], "vae_from: the folder runs/vae does"),
     ],
 )
 def test_refusals_are_one_line_that_names_the_cause(

@@ -1,5 +1,6 @@
 """Clips per CPU second through the whole loader, worker processes included: against the bare decoder at the same number
 of processes, and against stock webdataset with decord in torch's DataLoader. And what memory does over many samples.
+Pipelines are measured once they have got going, so neither their start nor memory that is touched first counts.
 
 All read the same shards and give the same frames. The bare decoder has the clips' bytes at hand and keeps nothing; the
 stock pipeline neither checks a checksum nor knows which sample comes in which step.
@@ -7,9 +8,9 @@ stock pipeline neither checks a checksum nor knows which sample comes in which s
 
 import io
 import multiprocessing
-import resource
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -33,9 +34,11 @@ from sora_lite.data.shards import Manifest, Sample, ShardReader, ShardWriter
 from sora_lite.data.video import encode_mp4
 
 FPS, SIZE, FRAMES, STRIDE = 24, (256, 456), 17, 4
-BATCH, SHARDS, WORKERS, ROUNDS = 8, 4, 2, 3
-CLIPS = {1: 192, STRIDE: 64}
-"""By stride."""
+BATCH, SHARDS, WORKERS, ROUNDS, CLIPS = 8, 4, 2, 3, 64
+STARTING = 8
+"""Batches after which a pipeline has its processes and memory."""
+BATCHES = {1: 12, STRIDE: 6}
+"""That are measured then, by stride."""
 LONG_RUN, TINY = 20_000, (5, 64, 64)
 
 
@@ -83,10 +86,26 @@ def loader(
     )  # fmt: skip
 
 
-def run_ours(index: Index, stride: int, decoder: str) -> None:
-    """One pass."""
-    for _ in loader(index, (FRAMES, *SIZE), FPS / stride, decoder).steps(0, CLIPS[stride] // BATCH):
-        pass
+def cpu_seconds() -> float:
+    """Of this process and its children so far, to 10 ms."""
+    family = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    times = [one.cpu_times() for one in family]
+    return sum(one.user + one.system for one in times)
+
+
+def steady(batches: Iterator[Any], count: int) -> float:
+    """CPU seconds of so many batches of an endless iterator that has got going."""
+    for _ in range(STARTING):
+        next(batches)
+    start = cpu_seconds()
+    for _ in range(count):
+        next(batches)
+    return cpu_seconds() - start
+
+
+def run_ours(index: Index, stride: int, decoder: str) -> float:
+    """CPU seconds of `BATCHES`."""
+    return steady(loader(index, (FRAMES, *SIZE), FPS / stride, decoder).steps(0, 10**6), BATCHES[stride])
 
 
 def by_pyav(data: bytes, stride: int) -> np.ndarray:
@@ -105,52 +124,50 @@ def by_decord(data: bytes, stride: int) -> np.ndarray:
 BARE = {"pyav": by_pyav, "decord": by_decord}
 
 
-def run_bare(media: list[bytes], stride: int, decoder: str) -> None:
-    """The decoder alone, in as many processes."""
+def run_bare(media: list[bytes], stride: int, decoder: str) -> float:
+    """CPU seconds of the decoder alone for as many clips, in as many processes."""
 
     def decode(one: int) -> None:
-        for data in media[one::WORKERS]:
-            BARE[decoder](data, stride)
+        for number in range(one, BATCHES[stride] * BATCH, WORKERS):
+            BARE[decoder](media[number % len(media)], stride)
 
-    in_processes(decode)
+    return in_processes(decode)
 
 
-def in_processes(work: Callable[[int], None]) -> None:
-    """work(0), work(1), ... each in a process."""
+def in_processes(work: Callable[[int], None]) -> float:
+    """CPU seconds of work(0), work(1), ..., each in a process of its own."""
     fork = multiprocessing.get_context("fork")
-    workers = [fork.Process(target=work, args=(one,)) for one in range(WORKERS)]  # type: ignore[attr-defined]
+    seconds = fork.SimpleQueue()
+
+    def measured(one: int) -> None:
+        start = time.process_time()
+        work(one)
+        seconds.put(time.process_time() - start)
+
+    workers = [fork.Process(target=measured, args=(one,)) for one in range(WORKERS)]  # type: ignore[attr-defined]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
+    return sum(seconds.get() for _ in workers)
 
 
-def run_stock(paths: list[str], stride: int) -> None:
-    """One pass of what people write with webdataset."""
+def run_stock(paths: list[str], stride: int) -> float:
+    """CPU seconds of `BATCHES` of what people write with webdataset."""
 
     def prepare(row: dict[str, Any]) -> tuple[torch.Tensor, bytes]:
         return torch.from_numpy(by_decord(row["mp4"], stride)).permute(3, 0, 1, 2), row["json"]
 
-    dataset = webdataset.WebDataset(paths, shardshuffle=SHARDS).shuffle(32).map(prepare)
-    for _ in DataLoader(dataset.batched(BATCH), batch_size=None, num_workers=WORKERS):
-        pass
+    dataset = webdataset.WebDataset(paths, shardshuffle=SHARDS).shuffle(32).map(prepare).repeat()
+    return steady(iter(DataLoader(dataset.batched(BATCH), batch_size=None, num_workers=WORKERS)), BATCHES[stride])
 
 
-def cpu_seconds() -> float:
-    """Of this process and of all its children that have ended."""
-    both = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(usage.ru_utime + usage.ru_stime for usage in both)
-
-
-def take_turns(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """CPU seconds of one call with all its processes, median over rounds after a warm-up."""
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for turn in range(rounds + 1):
+def take_turns(candidates: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
+    """The median of the CPU seconds that each says, one after the other in every round."""
+    seconds = {name: [] for name in candidates}
+    for _ in range(rounds):
         for name, call in candidates.items():
-            start = cpu_seconds()
-            call()
-            if turn > 0:
-                seconds[name].append(cpu_seconds() - start)
+            seconds[name].append(call())
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
@@ -158,16 +175,15 @@ def compare(folder: Path, stride: int, frames: Iterator[np.ndarray], rounds: int
     """The table for 17 frames out of clips that are just so long."""
     length = (FRAMES - 1) * stride + 1
     media = [encode_mp4([next(frames) for _ in range(length)], FPS, 20) for _ in range(4)]
-    index = write_clips(folder / f"stride{stride}", media, (length, *SIZE), CLIPS[stride])
+    index = write_clips(folder / f"stride{stride}", media, (length, *SIZE), CLIPS)
     paths = [str(path) for path in index.shard_paths]
     with ShardReader(index.shard_paths[0]) as shard:
         assert shard.read(int(index.media_offset[0]), int(index.media_size[0]), int(index.crc32c[0])) == media[0]
-    together = [media[clip % len(media)] for clip in range(CLIPS[stride])]
     seconds = take_turns(
         {
-            "PyAV alone": lambda: run_bare(together, stride, "pyav"),
+            "PyAV alone": lambda: run_bare(media, stride, "pyav"),
             "sora_lite, decoder=pyav": lambda: run_ours(index, stride, "pyav"),
-            "decord alone": lambda: run_bare(together, stride, "decord"),
+            "decord alone": lambda: run_bare(media, stride, "decord"),
             "sora_lite, decoder=decord": lambda: run_ours(index, stride, "decord"),
             "webdataset, decord, DataLoader": lambda: run_stock(paths, stride),
         },
@@ -179,7 +195,7 @@ def compare(folder: Path, stride: int, frames: Iterator[np.ndarray], rounds: int
     print(f"  {'':<34}{'clips/s':>9}{'of bare':>10}{'of stock':>10}")
     for name, value in seconds.items():
         bare = alone["decord" in name] / value
-        print(f"  {name:<34}{CLIPS[stride] / value:>9.1f}{bare:>9.2f}x{stock / value:>9.2f}x")
+        print(f"  {name:<34}{BATCHES[stride] * BATCH / value:>9.1f}{bare:>9.2f}x{stock / value:>9.2f}x")
 
 
 def watch_memory(folder: Path, samples: int) -> None:

@@ -5,6 +5,7 @@ run folder: RUN/
   metrics.jsonl        the record
   events.jsonl         updates that were left out, and rollbacks, with the samples of their steps
   attempts/            who may change the run, and with what each attempt ran; see `training.lease`
+  logs/                what each rank said
   watchdog/            signs of life of the ranks, and their stacks where they stopped
   checkpoints/         see `training.store`
   samples/             contact sheets

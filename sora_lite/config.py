@@ -419,6 +419,9 @@ class ParallelConfig:
     """Forward and backward passes per micro-step and rank; does not change what a step holds, only memory."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of storing its activations."""
+    compile: bool = False
+    """Run each block through torch.compile: faster, after some seconds at the start and at the first clips of a new
+    size. Needs a C++ compiler."""
     precision: Precision = Precision.fp32
     """bf16 needs ZeRO 1 to 3."""
     threads: int | None = None

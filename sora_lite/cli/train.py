@@ -25,6 +25,7 @@ from sora_lite.training.lora import describe as describe_adapted
 from sora_lite.training.objective import Objective
 from sora_lite.training.objective_dit import DiTObjective
 from sora_lite.training.objective_vae import VAEObjective
+from sora_lite.training.rank_log import rank_log
 from sora_lite.training.trainer import Trainer
 
 
@@ -77,7 +78,10 @@ def train(config: TrainConfig | TrainVAEConfig, rank: Rank) -> None:
     rows = start(config, objective, rank)
     trainer = Trainer(config, objective, rank)
     # Only now: a command that is refused above leaves no folder, and takes no run from a job that trains.
-    with hold(trainer.folder, rank, take_over=config.run.take_over) as lease:
+    with (
+        hold(trainer.folder, rank, take_over=config.run.take_over) as lease,
+        rank_log(trainer.folder, rank.rank),
+    ):
         trainer.resume(lease)
         if rank.is_main:
             if isinstance(objective, DiTObjective):  # a run holds all that its export needs

@@ -5,6 +5,7 @@ run folder: RUN/
   metrics.jsonl        the record
   events.jsonl         updates that were left out, and rollbacks, with the samples of their steps
   attempts/            who may change the run, and with what each attempt ran; see `training.lease`
+  logs/                what each rank said
   watchdog/            signs of life of the ranks, and their stacks where they stopped
   checkpoints/         see `training.store`
   samples/             contact sheets
@@ -28,7 +29,7 @@ from sora_lite.data.index import Index
 from sora_lite.data.joined import Joined
 from sora_lite.data.loader import ClipBatch
 from sora_lite.errors import Interrupted, UserError
-from sora_lite.parallel.apply import apply_activation_checkpointing
+from sora_lite.parallel.apply import apply_parallel
 from sora_lite.parallel.env import Rank
 from sora_lite.training.attempt import EVENTS, append_event, code_version, describe_attempt
 from sora_lite.training.checkpoint import Saver
@@ -141,8 +142,7 @@ class Trainer:
             load_made(config.data, validation, "validation", objective, rank),
         )
         self.statistics = held_out(index, STATISTICS_SAMPLES, made)
-        if config.parallel.activation_checkpointing:
-            apply_activation_checkpointing(objective.module)
+        apply_parallel(objective.module, config.parallel)
         self.engine = Engine(
             objective.module, optim=config.optim, parallel=config.parallel, rank=rank, global_batch=bucket.batch
         )

@@ -168,7 +168,7 @@ class Places:
     def latent(self, latent: Latent) -> Latent:
         """The same latent, in its place."""
         shape = latent.mean.shape
-        if not self._posteriors:
+        if self._latents == 0:
             self._posteriors = [self._allocate((self._count, *shape), np.float32) for _ in ("mean", "logvar")]
         places = [posterior[self._latents] for posterior in self._posteriors]
         if places[0].shape != shape:

@@ -37,7 +37,7 @@ FPS, SIZE, FRAMES, STRIDE = 24, (256, 456), 17, 4
 BATCH, SHARDS, WORKERS, ROUNDS, CLIPS = 8, 4, 2, 3, 64
 STARTING = 8
 """Batches after which a pipeline has its processes and memory."""
-BATCHES = {1: 12, STRIDE: 6}
+BATCHES = {1: 24, STRIDE: 12}
 """That are measured then, by stride."""
 LONG_RUN, TINY = 20_000, (5, 64, 64)
 

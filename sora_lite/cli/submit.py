@@ -183,5 +183,7 @@ def _check_inputs(config: BaseTrainConfig) -> None:
         raise UserError(
             f"vae_from: the folder {config.vae_from} does not exist; train a VAE first, or correct the path"
         )
-    if isinstance(config, TrainConfig) and config.text_from is not None and not Path(config.text_from).is_dir():
-        raise UserError(f"text_from: the folder {config.text_from} does not exist; correct the path")
+    encoders = ("text_from", "pooled_from") if isinstance(config, TrainConfig) else ()
+    for key in encoders:
+        if (folder := getattr(config, key)) is not None and not Path(folder).is_dir():
+            raise UserError(f"{key}: the folder {folder} does not exist; correct the path")

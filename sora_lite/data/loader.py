@@ -281,12 +281,21 @@ class ClipReader:
 
     def remote_shards(self, sample: int, shape: tuple[int, int, int], fps: float | None) -> list[RemoteShard]:
         """The shards that `read` opens for a sample, as far as they lie behind URLs."""
-        found = self._latent(sample, shape, fps)
-        rows = [(self.index, sample) if found is None else (found[0].index, found[1])]
+        rows = [self._source(sample, shape, fps)]
         if self._text is not None and (row := self._text.find(sample)) is not None:
             rows.append((self._text.index, row))
         shards = (index.remote_shard(int(index.shard[row])) for index, row in rows)
         return [shard for shard in shards if shard is not None]
+
+    def shard_name(self, sample: int, shape: tuple[int, int, int], fps: float | None) -> str:
+        """Name of the shard that a sample, or its latent where that is read, lies in."""
+        index, row = self._source(sample, shape, fps)
+        return index.shard_paths[int(index.shard[row])].name
+
+    def _source(self, sample: int, shape: tuple[int, int, int], fps: float | None) -> tuple[Index, int]:
+        """The index, and the number there, of the clip or latent that a sample is read from."""
+        found = self._latent(sample, shape, fps)
+        return (self.index, sample) if found is None else (found[0].index, found[1])
 
     def _latent(self, sample: int, shape: tuple[int, int, int], fps: float | None) -> tuple[LatentReader, int] | None:
         """The latent of a sample at (T, H, W) and a rate, by its reader and number, if there is one."""
@@ -365,7 +374,7 @@ class _MicroBatches:
             bad += [
                 BadSample(
                     key=index.key(one),
-                    shard=index.shard_paths[int(index.shard[one])].name,
+                    shard=self.reader.shard_name(one, micro.shape, fps),
                     reason=reason,
                     step=step,
                     position=position,
@@ -376,7 +385,7 @@ class _MicroBatches:
             return sample, start, clip
         one, reason = damaged[-1]
         raise UserError(
-            f"{index.shard_paths[int(index.shard[one])].name}: {MAX_REPLACEMENTS} samples in a row are damaged "
+            f"{self.reader.shard_name(one, micro.shape, fps)}: {MAX_REPLACEMENTS} samples in a row are damaged "
             f"(the last: {reason}); run `sora-data verify` on the shards"
         )
 

@@ -31,6 +31,7 @@ from sora_lite.evaluation.record import RECORD, read_record
 from sora_lite.generation.export import load_vae
 from sora_lite.generation.pipeline import to_float
 from sora_lite.models.pretrained import FrozenTextEncoder
+from sora_lite.training.inputs import make_rows
 from sora_lite.training.objective_dit import DiTObjective
 
 BUCKETS = "buckets=[{resolution: [32, 32], frames: 17}]"
@@ -169,6 +170,31 @@ def test_settings_that_do_not_go_together(words: list[str], message: str) -> Non
 def test_a_vae_is_trained_on_video(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("train-vae", "experiment=tiny_vae", "data.shards=s", "data.latents=l") == 2
     assert "data.latents: a VAE is trained on video" in capsys.readouterr().err
+
+
+def test_batches_of_the_model_alone_leave_the_encoder_out(
+    tiny: Tiny, latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And latents alone change no batch, since that would change the order."""
+    rows = "data.buckets=[{resolution: [32, 32], frames: 17}, {resolution: [32, 32], frames: 1}]"
+    words = ["experiment=tiny", f"data.shards={tiny.shards}", f"vae_from={tiny.vae}", rows, "data.batch_tokens=8192"]
+
+    def batches(*more: str) -> tuple[list[int], DiTObjective]:
+        config = compose("train", [*words, "data.divisor=1", *more])
+        objective = DiTObjective(config.model, config.diffusion, load_vae(tiny.vae)[0], seed=3, rank=ALONE)
+        return [row.batch for row in make_rows(config.data, objective)], objective
+
+    alone, objective = batches("data.batch_by=model_flops")
+    clips = 8192 / objective.tokens(17, 32, 32)
+    assert alone == [round(clips), round(clips * objective.flops(17, 32, 32) / objective.flops(1, 32, 32))]
+    both, _ = batches("data.batch_by=flops")
+    assert both == [round(clips), round(clips * objective.cost(17, 32, 32) / objective.cost(1, 32, 32))] != alone
+    assert both == batches("data.batch_by=flops", f"data.latents={latents}")[0]
+    for by in ("flops", "model_flops"):
+        more = [f"data.latents={latents}", f"data.batch_by={by}", "run.steps=1", f"run.root={tmp_path}"]
+        settings = [*words[:3], "data.buckets=[{resolution: [32, 32], frames: 17, batch: 8}]", *more, f"run.name={by}"]
+        assert call("train", *settings) == 0
+        assert ("model_flops leaves it out" in capsys.readouterr().out) == (by == "flops")
 
 
 # ------------------------------------------------------------------------------------------------ encoding

@@ -1206,7 +1206,7 @@ def _check_text(config: TrainConfig) -> None:
     for key, name in (("text_from", "text_features"), ("pooled_from", "pooled_features")):
         folder, width = getattr(config, key), getattr(config.model, name)
         what = "T5, UMT5 or CLIP" if key == "text_from" else "CLIP"
-        # What data-preview shows depends on no encoder.
+        # data-preview needs one only where features were made beforehand (`_check_preview`).
         _require(
             folder is not None or width == 0 or isinstance(config, DataPreviewConfig),
             key,

@@ -110,7 +110,8 @@ class DiTObjective:
         return count_flops(lambda: dit(latent, time, dit.no_conditions(1)))
 
     def cost(self, frames: int, height: int, width: int) -> float:
-        """FLOPs of encoding a clip, and of the DiT's forward and backward pass, which is two of it."""
+        """FLOPs of encoding a clip, and of the DiT's forward and backward pass, which is two of it. Encoding text is
+        left out: it costs the same for clips of all sizes."""
         vae = copy.deepcopy(self.vae).to("meta")
         clip = torch.empty(1, 3, frames, height, width, device="meta")
         return count_flops(lambda: vae.encode(clip)) + 3 * self.flops(frames, height, width)

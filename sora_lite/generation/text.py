@@ -7,6 +7,7 @@ generation are given.
 Shapes: B prompts, M tokens of the longest of them, C features of a token, P pooled features.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -65,14 +66,14 @@ class FrozenReader:
         if self._pooled is not None and self._pooled is not self._text:
             pooled = FrozenReader(None, self._pooled)(prompts).pooled
             return replace(FrozenReader(self._text, None).complete(made, prompts), pooled=pooled)
-        there = made.mask.any(1)
-        missing = [prompt for prompt, is_there in zip(prompts, there.tolist(), strict=True) if not is_there]
+        there = made.mask.any(1).tolist()
+        missing = [prompt for prompt, is_there in zip(prompts, there, strict=True) if not is_there]
         held = self._told(made.to(self._text.model.device))
         if not missing:
             return held
-        rows = torch.arange(len(there))
-        rows[~there] = len(there) + torch.arange(len(missing))
-        return held.cat(self(missing)).rows(rows.tolist())
+        behind = itertools.count(len(there))
+        rows = [number if is_there else next(behind) for number, is_there in enumerate(there)]
+        return held.cat(self(missing)).rows(rows)
 
     def _told(self, made: TextFeatures) -> Conditions:
         """What the model reads of what the encoder of the features made."""

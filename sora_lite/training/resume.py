@@ -94,6 +94,7 @@ RULES: dict[str, tuple[Rule, str]] = {
     "parallel.accumulation": (_FREE, "what a step holds does not depend on it"),
     "parallel.activation_checkpointing": (_FREE, "only memory and speed"),
     "parallel.precision": (_KEPT, "rounds otherwise"),
+    "parallel.offload": (_FREE, "only memory and speed"),
     "parallel.threads": (_FREE, "only speed"),
     "logging": (_FREE, "only looks on"),
     "slurm": (_FREE, "where it runs; what a step holds does not depend on the number of ranks"),

@@ -93,6 +93,7 @@ RULES: dict[str, tuple[Rule, str]] = {
     "parallel.zero_stage": (_FREE, "checkpoints fit every stage"),
     "parallel.accumulation": (_FREE, "what a step holds does not depend on it"),
     "parallel.activation_checkpointing": (_FREE, "only memory and speed"),
+    "parallel.compile": (_FREE, "only speed, and the order of some sums"),
     "parallel.precision": (_KEPT, "rounds otherwise"),
     "parallel.offload": (_FREE, "only memory and speed"),
     "parallel.threads": (_FREE, "only speed"),

@@ -1,22 +1,24 @@
-"""`python -m benchmarks [TABLE ...]`: print tables, all by default, in CPU time."""
+"""`python -m benchmarks [TABLE ...]`: print tables, all by default."""
 
 import os
 import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
-from benchmarks import balance, cuts, decoding, loading, order, packing, reading, saving, step
+from benchmarks import balance, cuts, decoding, dit, loading, order, packing, reading, saving, step, tracking
 
 TABLES = {
     "balance": balance.main,
     "cuts": cuts.main,
     "decoding": decoding.main,
+    "dit": dit.main,
     "loading": loading.main,
     "order": order.main,
     "packing": packing.main,
     "reading": reading.main,
     "saving": saving.main,
     "step": step.main,
+    "tracking": tracking.main,
 }
 
 

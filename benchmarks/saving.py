@@ -21,7 +21,7 @@ from sora_lite.training.checkpoint import Saver
 from sora_lite.training.ema import EMA
 from sora_lite.training.engine import Engine
 
-WIDTH, DEPTH, ROUNDS = 2048, 8, 5
+WIDTH, DEPTH, ROUNDS, STALLS = 2048, 8, 5, 15
 
 
 def wall(candidates: dict[str, Callable[[], None]]) -> dict[str, float]:
@@ -99,7 +99,7 @@ def main() -> None:
 def stalls(saver: Saver, data: np.ndarray, copy: np.ndarray) -> dict[str, float]:
     """One copy in memory, and how long training waits for a save that is written behind it."""
     seconds: dict[str, list[float]] = {"copy in memory": [], "stall of a save in the background": []}
-    for turn in range(ROUNDS + 1):
+    for turn in range(STALLS + 1):
         start = time.perf_counter()
         np.copyto(copy, data)
         middle = time.perf_counter()

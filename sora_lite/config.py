@@ -294,6 +294,8 @@ class SetRule:
     """Folder of shards with a manifest.json, as `sora-data run` writes it, or its URL."""
     latents: str | None = None
     """Its latents, as `sora-data encode` writes them, or their URL."""
+    text: str | None = None
+    """Features of its captions, as `sora-data encode` writes them, or their URL."""
     weight: float | None = None
     """How often its samples come, against the weights of the others; null, for all, goes by the number of samples."""
 
@@ -309,6 +311,9 @@ class DataConfig:
     latents: str | None = None
     """Latents of `data.shards` (each of a clip's beginning), as `sora-data encode` writes them, or their URL. Clips
     without one are decoded."""
+    text: str | None = None
+    """Features of the captions of `data.shards`, which `sora-data encode` wrote by `text_from`, or their URL. Captions
+    without any are encoded in training."""
     image_ratio: float | None = None
     """Part of the samples that are stills (buckets of 1 frame), in (0, 1); null: as they come. Weights hold in both."""
     cache: str | None = None
@@ -361,9 +366,13 @@ class DataConfig:
         return [self.latents] if self.shards is not None else [one.latents for one in self.sets]
 
     @property
-    def latents_key(self) -> str:
-        """The key under which latents are given."""
-        return "data.latents" if self.shards is not None else "data.sets.latents"
+    def text_folders(self) -> list[str | None]:
+        """Folders of text features, one for each data set; None where there are none."""
+        return [self.text] if self.shards is not None else [one.text for one in self.sets]
+
+    def key_of_all(self, what: str) -> str:
+        """The key under which `latents` or `text` are given, without numbers of rows."""
+        return f"data.{what}" if self.shards is not None else f"data.sets.{what}"
 
     def key_of(self, data_set: int, what: str = "shards") -> str:
         """The key under which the folder of a data set is given, or of what was made of it, such as `latents`."""
@@ -406,6 +415,9 @@ class ParallelConfig:
     """Forward and backward passes per micro-step and rank; does not change what a step holds, only memory."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of storing its activations."""
+    compile: bool = False
+    """Run each block through torch.compile: faster, after some seconds at the start and at the first clips of a new
+    size. Needs a C++ compiler."""
     precision: Precision = Precision.fp32
     """bf16 needs ZeRO 1 to 3."""
     threads: int | None = None
@@ -931,6 +943,7 @@ def check(config: object) -> None:
         _require(FrameMode.random not in config.frames, "frames", "random is for training; take before or first_last")
     if isinstance(config, TrainVAEConfig):
         _require(not any(config.data.latent_folders), "data.latents", "a VAE is trained on video; leave them out")
+        _require(not any(config.data.text_folders), "data.text", "a VAE reads no text; leave it out")
         _check_vae(config.vae, config.data.buckets)
 
 
@@ -1000,6 +1013,11 @@ def _check_sets(data: DataConfig) -> None:
         data.latents is None or data.shards is not None,
         "data.latents",
         "are those of data.shards; with data.sets give each row its own latents",
+    )
+    _require(
+        data.text is None or data.shards is not None,
+        "data.text",
+        "is of the captions of data.shards; with data.sets give each row its own text",
     )
     _require(
         not data.flip or not any(data.latent_folders),
@@ -1177,6 +1195,11 @@ def _check_text(config: TrainConfig) -> None:
         "text_from",
         "the model reads no features of a text encoder; leave it out, or set model.text_features to their width and "
         "model.text=null",
+    )
+    _require(
+        reads or not any(config.data.text_folders),
+        config.data.key_of_all("text"),
+        "the model reads no features of a text encoder; leave them out",
     )
 
 

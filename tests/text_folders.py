@@ -1,4 +1,5 @@
-"""Tiny random text encoders, saved as transformers saves them, each with a tokenizer of a dozen words."""
+"""Tiny random text encoders, saved as transformers saves them, each with a tokenizer of a dozen words; and clips with
+captions for them."""
 
 from pathlib import Path
 
@@ -50,3 +51,27 @@ def save_clip(folder: Path, *, seed: int = 0) -> Path:
     ).save_pretrained(folder)
     save_tokenizer(folder)
     return folder
+
+
+def with_captions(shards: Path, out: Path) -> Path:
+    """The same clips with none to three captions each, of different lengths."""
+    from dataclasses import replace
+
+    from sora_lite.data.index import Index
+    from sora_lite.data.joined import Members
+    from sora_lite.data.shards import Manifest, Sample, ShardWriter
+
+    out.mkdir()
+    entries = []
+    for split in ("train", "validation"):
+        index = Index.load(shards, split)
+        members = Members(index)
+        with ShardWriter(out / f"{split}-000000.tar", split) as writer:
+            for sample in range(len(index)):
+                (caption,) = members.captions(sample)
+                captions = [caption, "a dog", f"the {caption} up up left"][: sample % 4]
+                meta = members.meta(sample) | {"captions": captions}
+                writer.add(Sample(key=index.key(sample), ext="mp4", media=members.media(sample), meta=meta))
+        entries.append(writer.entry)
+    replace(Manifest.load(shards), shards=entries, counts={}).save(out)
+    return out

@@ -30,12 +30,12 @@ def make_dit(folder: Path, tiny: Tiny, *, seed: int) -> Path:
     return folder
 
 
-def tiny_wan(channels: int = 4) -> nn.Module:
-    """diffusers' Wan with random weights throughout: 2 blocks, width 24, text of width 10."""
+def tiny_wan(channels: int = 4, text: int = 10) -> nn.Module:
+    """diffusers' Wan with random weights throughout: 2 blocks, width 24. text: width of its features."""
     import diffusers
 
     torch.manual_seed(0)
     return diffusers.WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, in_channels=channels, out_channels=channels, text_dim=10,
+        num_attention_heads=2, attention_head_dim=12, in_channels=channels, out_channels=channels, text_dim=text,
         ffn_dim=40, num_layers=2, rope_max_seq_len=32,
     ).eval()  # fmt: skip

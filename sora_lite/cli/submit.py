@@ -173,9 +173,8 @@ def _check_sizes(config: BaseTrainConfig) -> None:
 def _check_inputs(config: BaseTrainConfig) -> None:
     """Files that the job reads. Not for a dry run, which may happen on a machine that does not have them."""
     given = [(config.data.key_of(number), folder) for number, folder in enumerate(config.data.folders)]
-    given += [
-        (config.data.key_of(number, "latents"), one) for number, one in enumerate(config.data.latent_folders) if one
-    ]
+    for what, made in (("latents", config.data.latent_folders), ("text", config.data.text_folders)):
+        given += [(config.data.key_of(number, what), one) for number, one in enumerate(made) if one]
     for key, folder in given:
         place = locate(folder, key)
         if isinstance(place, Path) and not (place / MANIFEST).is_file():

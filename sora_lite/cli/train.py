@@ -138,6 +138,11 @@ def describe(config: BaseTrainConfig, loader: ClipLoader) -> list[str]:
         lines.append(
             "come as latents: {:,} of {:,} samples in buckets; the others are decoded".format(*loader.cached())
         )
+    if loader.text is not None:
+        lines.append(
+            f"come with text features: {loader.captioned():,} of {sum(loader.order.set_samples):,} samples in buckets; "
+            "the captions of the others are encoded in training"
+        )
     return lines
 
 

@@ -1,6 +1,7 @@
 """What was made of clips beforehand: latents and text features in shards of their own, joined to an index by key.
 
-Shapes: C latent channels, t h w latent frames and cells; M text tokens, D features of a token, P pooled features.
+Shapes: C latent channels, t h w latent frames and cells; n captions of a clip, M text tokens, D features of a token,
+P pooled features.
 """
 
 import hashlib
@@ -39,6 +40,39 @@ class Latent:
             raise ValueError(f"a latent of shapes {self.mean.shape} and {self.logvar.shape}")
         if self.mean.dtype != np.float32 or self.logvar.dtype != np.float32:
             raise ValueError(f"a latent of types {self.mean.dtype} and {self.logvar.dtype}, not float32")
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class CaptionFeatures:
+    """What a frozen text encoder made of n captions.
+
+    features: float32 n M D, zero at padding. mask: bool n M, True where a token is real; each caption has one. pooled:
+    float32 n P, of encoders that pool.
+    """
+
+    features: np.ndarray
+    mask: np.ndarray
+    pooled: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        shapes = self.features.shape, self.mask.shape
+        if self.features.ndim != 3 or shapes[1] != shapes[0][:2] or not self.mask.any(1).all():
+            raise ValueError(f"text features of shape {shapes[0]} with a mask of shape {shapes[1]}, or without a token")
+        if self.pooled is not None and (self.pooled.ndim != 2 or len(self.pooled) != len(self.mask)):
+            raise ValueError(f"text features of shape {shapes[0]} with pooled ones of shape {self.pooled.shape}")
+        if self.mask.dtype != bool or any(
+            one.dtype != np.float32 for one in (self.features, self.pooled) if one is not None
+        ):
+            raise ValueError("text features that are not float32, or a mask that is not bool")
+
+    def __len__(self) -> int:
+        return len(self.mask)
+
+    def caption(self, number: int) -> "CaptionFeatures":
+        """Those of one caption alone."""
+        one = slice(number, number + 1)
+        pooled = None if self.pooled is None else self.pooled[one]
+        return CaptionFeatures(features=self.features[one], mask=self.mask[one], pooled=pooled)
 
 
 class Members:
@@ -125,6 +159,59 @@ class LatentReader:
             raise DamagedSample(f"{self.index.key(row)}: {error}") from None
 
 
+class CaptionReader:
+    """Features of the captions of the clips of an index."""
+
+    def __init__(self, joined: Joined, counts: ReadCounts) -> None:
+        self.index, self._joined, self._members = joined.index, joined, Members(joined.index)
+        self._members.shards.counts = counts
+
+    def find(self, clip: int) -> int | None:
+        """Number of the features of a clip's captions, if there are some."""
+        row = int(self._joined.rows[clip])
+        return None if row < 0 else row
+
+    def read(self, row: int, captions: Sequence[str]) -> CaptionFeatures:
+        """Features of a clip's captions, in their order.
+
+        Raises:
+            DamagedSample: they are not what the index says, or no features.
+            UserError: they are of other captions.
+        """
+        key = self.index.key(row)
+        if self._members.captions(row) != list(captions):
+            raise UserError(
+                f"{self.index.shard_paths[int(self.index.shard[row])]}: {key} holds features of other captions than "
+                "the clip has now; encode them anew with `sora-data encode`"
+            )
+        try:
+            made = CaptionFeatures(**self._members.tensors(row))
+        except (ValueError, TypeError) as error:
+            raise DamagedSample(f"{key}: {error}") from None
+        if len(made) != len(captions):
+            raise DamagedSample(f"{key}: has features of {len(made)} captions, not {len(captions)}")
+        return made
+
+
+def stack_features(rows: Sequence[CaptionFeatures | None]) -> dict[str, np.ndarray]:
+    """`text`, `text_mask` and, of encoders that pool, `pooled` of B captions, zeros where one has none; {} for none."""
+    made = [row for row in rows if row is not None]
+    if not made:
+        return {}
+    tokens = max(row.mask.shape[1] for row in made)
+    text = np.zeros((len(rows), tokens, made[0].features.shape[2]), np.float32)
+    mask = np.zeros((len(rows), tokens), bool)
+    stacked = {"text": text, "text_mask": mask}
+    if made[0].pooled is not None:
+        stacked["pooled"] = np.zeros((len(rows), made[0].pooled.shape[1]), np.float32)
+    for number, row in enumerate(rows):
+        if row is not None:
+            text[number, : row.mask.shape[1]], mask[number, : row.mask.shape[1]] = row.features[0], row.mask[0]
+            if row.pooled is not None:
+                stacked["pooled"][number] = row.pooled[0]
+    return stacked
+
+
 def latent_sample(
     key: str, latent: Latent, meta: Mapping[str, Any], *, shape: tuple[int, int, int], fps: float, clip_crc32c: int
 ) -> Sample:
@@ -140,10 +227,7 @@ def latent_sample(
 
 
 def text_sample(key: str, tensors: Mapping[str, np.ndarray], meta: Mapping[str, Any], *, clip_crc32c: int) -> Sample:
-    """Features of a clip's n captions, in their order, as a sample of a shard.
-
-    tensors: features float32 n M D (zero at padding), mask bool n M and, of some encoders, pooled float32 n P.
-    """
+    """Features of a clip's n captions, in their order, as a sample of a shard. tensors: fields of `CaptionFeatures`."""
     made_of = clip_digits(clip_crc32c)
     return Sample(key=key, ext=ENCODED["text"], media=_save(tensors), meta={**meta}, made_of=made_of)
 

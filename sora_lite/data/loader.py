@@ -6,6 +6,7 @@ number of workers nor which one made it.
 Shapes: B samples of a rank's micro-batch, T frames, H W pixels.
 """
 
+import itertools
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,15 @@ from torch import Tensor
 from sora_lite.data.buckets import Row, spare_frames
 from sora_lite.data.compiled import open_buckets
 from sora_lite.data.index import Index
-from sora_lite.data.joined import Joined, Latent, LatentReader, Members
+from sora_lite.data.joined import (
+    CaptionFeatures,
+    CaptionReader,
+    Joined,
+    Latent,
+    LatentReader,
+    Members,
+    stack_features,
+)
 from sora_lite.data.order import MicroStep, Order, check_parts, hash_seed, rank_positions
 from sora_lite.data.prefetch import Prefetcher
 from sora_lite.data.remote import ReadCounts, Url
@@ -68,6 +77,10 @@ class ClipBatch:
     none. labels: int64 B, -1 for none. positions: int64 B, places in the global step's batch. step: the global step.
     views: one per sample. samples: int64 B, their numbers in the index. bucket: number of the bucket. bad: samples
     replaced. seconds: that making the batch took its worker. reads: what it read meanwhile.
+
+    Of captions whose features were made beforehand (all None where there are none): text: float32 B M C, zero at
+    padding. text_mask: bool B M, True where a token is real; a row without one has no features yet. pooled: float32
+    B P, of encoders that pool.
     """
 
     video: Tensor
@@ -85,6 +98,9 @@ class ClipBatch:
     bad: list[BadSample] = field(default_factory=list)
     seconds: float = 0.0
     reads: ReadCounts = field(default_factory=ReadCounts)
+    text: Tensor | None = None
+    text_mask: Tensor | None = None
+    pooled: Tensor | None = None
 
     def __post_init__(self) -> None:
         b = len(self.keys)
@@ -95,8 +111,11 @@ class ClipBatch:
             if (0 if posterior is None else len(posterior)) != latents:
                 raise ValueError(f"there are {latents} latents by is_latent, and another number of means or logvars")
         columns = (self.captions, self.labels, self.positions, self.views, self.samples, self.is_latent)
-        if any(len(column) != b for column in columns):
-            raise ValueError("captions, labels, positions, views, samples and is_latent differ in number from the keys")
+        made = [one for one in (self.text, self.text_mask, self.pooled) if one is not None]
+        if any(len(column) != b for column in columns) or any(len(one) != b for one in made):
+            raise ValueError(
+                "captions, text, labels, positions, views, samples or is_latent differ in number from keys"
+            )
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -105,21 +124,22 @@ class ClipBatch:
 
     def pin_memory(self) -> "ClipBatch":
         """The same in memory that a device copies from."""
-        mean, logvar = (one if one is None else one.pin_memory() for one in (self.mean, self.logvar))
-        return replace(self, video=self.video.pin_memory(), mean=mean, logvar=logvar)
+        heavy = {name: getattr(self, name) for name in ("video", "mean", "logvar", "text", "text_mask", "pooled")}
+        return replace(self, **{name: one.pin_memory() for name, one in heavy.items() if one is not None})
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Clip:
     """A sample, decoded or as a latent, the part of its own frames that is (`View.crop`), and what is known of it.
 
-    pixels: uint8 T H W 3, None of a latent. label: -1 for none.
+    pixels: uint8 T H W 3, None of a latent. text: of its captions, where it was made beforehand. label: -1 for none.
     """
 
     pixels: np.ndarray | None = None
     latent: Latent | None = None
     crop: tuple[float, float, float, float]
     captions: list[str]
+    text: CaptionFeatures | None = None
     label: int
 
     def __post_init__(self) -> None:
@@ -133,9 +153,18 @@ class Clip:
             raise ValueError("a latent has no frames")
         return self.pixels
 
+    def said(self, number: int) -> str:
+        """A caption; "" where there is none."""
+        return self.captions[number % len(self.captions)] if self.captions else ""
 
-def collate(clips: Sequence[Clip], shape: tuple[int, int, int], **rest: Any) -> ClipBatch:
-    """Clips of one (T, H, W) as a batch, with the fields of `ClipBatch` that the clips do not say."""
+
+def collate(clips: Sequence[Clip], shape: tuple[int, int, int], *, said: Sequence[int], **rest: Any) -> ClipBatch:
+    """Clips of one (T, H, W) as a batch, with the fields of `ClipBatch` that the clips do not say.
+
+    said: which of a clip's captions counts, as any number, of which the remainder is taken.
+    """
+    text = [clip.text and clip.text.caption(number % len(clip.text)) for clip, number in zip(clips, said, strict=True)]
+    rest |= {name: torch.from_numpy(array) for name, array in stack_features(text).items()}
     frames = [clip.pixels for clip in clips if clip.pixels is not None]
     latents = [clip.latent for clip in clips if clip.latent is not None]
     video = np.stack(frames) if frames else np.empty((0, *shape, 3), np.uint8)
@@ -145,6 +174,7 @@ def collate(clips: Sequence[Clip], shape: tuple[int, int, int], **rest: Any) -> 
         logvar=torch.from_numpy(np.stack([latent.logvar for latent in latents])) if latents else None,
         is_latent=torch.tensor([clip.latent is not None for clip in clips]),
         labels=torch.tensor([clip.label for clip in clips]),
+        captions=[clip.said(number) for clip, number in zip(clips, said, strict=True)],
         **rest,
     )
 
@@ -152,10 +182,19 @@ def collate(clips: Sequence[Clip], shape: tuple[int, int, int], **rest: Any) -> 
 class ClipReader:
     """Reads samples of an index at a bucket's size, with a bounded memory of decoded clips.
 
-    A sample that has a latent of this size and rate in `latents` is not decoded.
+    A sample that has a latent of this size and rate in `latents` is not decoded; features of its captions that are in
+    `text` come along.
     """
 
-    def __init__(self, index: Index, *, cache_bytes: int, decoder: str = "pyav", latents: Joined | None = None) -> None:
+    def __init__(
+        self,
+        index: Index,
+        *,
+        cache_bytes: int,
+        decoder: str = "pyav",
+        latents: Joined | None = None,
+        text: Joined | None = None,
+    ) -> None:
         self.index = index
         self._decoder = decoder
         self._cache_bytes = cache_bytes
@@ -164,6 +203,7 @@ class ClipReader:
         self._members = Members(index)
         self.shards = self._members.shards
         self._latents = LatentReader(latents, self.shards.counts) if latents is not None else None
+        self._text = CaptionReader(text, self.shards.counts) if text is not None else None
 
     def spare(self, sample: int, frames: int, fps: float | None) -> int:
         """Largest `start` at which the sample still has so many frames at a rate."""
@@ -174,7 +214,15 @@ class ClipReader:
 
         Raises:
             DamagedSample, BadVideo: its bytes are not what the index says, or do not decode.
+            UserError: the features of its captions are of others.
         """
+        clip = self._seen(sample, shape, fps, start)
+        if self._text is None or (row := self._text.find(sample)) is None:
+            return clip
+        return replace(clip, text=self._text.read(row, clip.captions))
+
+    def _seen(self, sample: int, shape: tuple[int, int, int], fps: float | None, start: int) -> Clip:
+        """The sample without its text."""
         label = int(self.index.label[sample])
         if (found := self._latent(sample, shape, fps)) is not None:
             latents, row = found
@@ -228,14 +276,17 @@ class ClipReader:
 
     def is_remote(self) -> bool:
         """Whether any shard lies behind a URL."""
-        indexes = [self.index] if self._latents is None else [self.index, self._latents.index]
+        indexes = [self.index, *(one.index for one in (self._latents, self._text) if one is not None)]
         return any(isinstance(path, Url) for index in indexes for path in index.shard_paths)
 
-    def remote_shard(self, sample: int, shape: tuple[int, int, int], fps: float | None) -> RemoteShard | None:
-        """The shard that `read` opens for a sample, if it lies behind a URL."""
+    def remote_shards(self, sample: int, shape: tuple[int, int, int], fps: float | None) -> list[RemoteShard]:
+        """The shards that `read` opens for a sample, as far as they lie behind URLs."""
         found = self._latent(sample, shape, fps)
-        index, row = (self.index, sample) if found is None else (found[0].index, found[1])
-        return index.remote_shard(int(index.shard[row]))
+        rows = [(self.index, sample) if found is None else (found[0].index, found[1])]
+        if self._text is not None and (row := self._text.find(sample)) is not None:
+            rows.append((self._text.index, row))
+        shards = (index.remote_shard(int(index.shard[row])) for index, row in rows)
+        return [shard for shard in shards if shard is not None]
 
     def _latent(self, sample: int, shape: tuple[int, int, int], fps: float | None) -> tuple[LatentReader, int] | None:
         """The latent of a sample at (T, H, W) and a rate, by its reader and number, if there is one."""
@@ -267,8 +318,8 @@ class _MicroBatches:
         )
         fps = self.order.buckets[micro.bucket].fps
         samples = micro.samples[positions].tolist()
-        shards = dict.fromkeys(self.reader.remote_shard(sample, micro.shape, fps) for sample in samples)
-        return [shard for shard in shards if shard is not None]
+        shards = (self.reader.remote_shards(sample, micro.shape, fps) for sample in samples)
+        return list(dict.fromkeys(itertools.chain.from_iterable(shards)))
 
     def _batch(self, step: int, one_pass: int) -> ClipBatch:
         (micro,) = self.order.step(step)
@@ -276,7 +327,7 @@ class _MicroBatches:
             len(micro.samples), rank=self.rank, world_size=self.world_size, accumulation=self.accumulation
         )[one_pass]
         bad: list[BadSample] = []
-        clips, samples, views, keys, captions = [], [], [], [], []
+        clips, samples, views, keys, said = [], [], [], [], []
         for position in positions:
             sample, start, clip = self._read(micro, step, int(position), bad)
             flip = self.flip and clip.latent is None and hash_seed(self.seed, step, position, "flip") % 2 == 1
@@ -284,13 +335,12 @@ class _MicroBatches:
             samples.append(sample)
             views.append(View(start=0 if clip.latent is not None else start, crop=clip.crop, flip=flip))
             keys.append(self.reader.index.key(sample))
-            choices = clip.captions or [""]
-            captions.append(choices[hash_seed(self.seed, step, position, "caption") % len(choices)])
+            said.append(hash_seed(self.seed, step, position, "caption"))
         return collate(
             clips,
             micro.shape,
             keys=keys,
-            captions=captions,
+            said=said,
             positions=torch.from_numpy(positions),
             step=step,
             views=views,
@@ -346,6 +396,7 @@ class ClipLoader:
         pin: pinned memory, for a device that copies from it.
         decoder: as for `video.decode_clip`.
         latents: of the index's clips; those that have none are decoded.
+        text: features of the clips' captions, where they were made beforehand.
 
     Raises:
         UserError: a batch cannot be divided so, or the rows do not fit the data.
@@ -369,12 +420,13 @@ class ClipLoader:
         weights: Sequence[float] | None = None,
         image_ratio: float | None = None,
         latents: Joined | None = None,
+        text: Joined | None = None,
         worker_timeout: float = 900.0,
         say: Callable[[str], None] = print,
     ) -> None:
         buckets = open_buckets(index, rows)
         check_parts([bucket.batch for bucket in buckets], world_size=world_size, accumulation=accumulation)
-        self.index, self.latents = index, latents
+        self.index, self.latents, self.text = index, latents, text
         self.order = Order(
             buckets,
             seed=seed,
@@ -385,7 +437,7 @@ class ClipLoader:
         )
         self.accumulation = accumulation
         self._pin, self._say = pin, say
-        reader = ClipReader(index, cache_bytes=cache_bytes, decoder=decoder, latents=latents)
+        reader = ClipReader(index, cache_bytes=cache_bytes, decoder=decoder, latents=latents, text=text)
         self._dataset = _MicroBatches(reader, self.order, seed, flip, (rank, world_size, accumulation))
         self.workers = Workers(self._dataset, workers, timeout=worker_timeout, say=say)
         cache = index.shard_cache or default_cache()
@@ -400,6 +452,12 @@ class ClipLoader:
                 rates = self.index.fps[samples] if fps is None else np.full(len(samples), fps)
                 found += self.latents.count(samples, bucket.shape, rates)
         return found, sum(self.order.set_samples)
+
+    def captioned(self) -> int:
+        """Samples in buckets whose captions' features were made beforehand."""
+        if self.text is None:
+            return 0
+        return sum(int((self.text.rows[bucket.samples] >= 0).sum()) for bucket in self.order.buckets)
 
     def begin_order(self, step: int) -> None:
         """Let the order begin at a global step, before anything is read: data or shares have changed there."""

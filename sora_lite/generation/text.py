@@ -16,7 +16,7 @@ import torch
 from sora_lite.errors import UserError
 from sora_lite.models.conditions import Conditions
 from sora_lite.models.dit import VideoDiT
-from sora_lite.models.pretrained import FrozenTextEncoder
+from sora_lite.models.pretrained import FrozenTextEncoder, TextFeatures
 from sora_lite.models.text import ByteTextEncoder, tokenize
 
 
@@ -44,13 +44,26 @@ class FrozenReader:
 
     def __call__(self, prompts: Sequence[str]) -> Conditions:
         unlike = list(dict.fromkeys(prompts))
-        made = self._encoder(unlike)
-        all_of_them = Conditions(
+        return self._read(self._encoder(unlike)).rows([unlike.index(prompt) for prompt in prompts])
+
+    def complete(self, made: TextFeatures, prompts: Sequence[str]) -> Conditions:
+        """The same, where the features of some prompts exist: of those whose row in `made` has a real token."""
+        there = made.mask.any(1)
+        missing = [prompt for prompt, is_there in zip(prompts, there.tolist(), strict=True) if not is_there]
+        held = self._read(made.to(self._encoder.model.device))
+        if not missing:
+            return held
+        rows = torch.arange(len(there))
+        rows[~there] = len(there) + torch.arange(len(missing))
+        return held.cat(self(missing)).rows(rows.tolist())
+
+    def _read(self, made: TextFeatures) -> Conditions:
+        """What the model reads of features."""
+        return Conditions(
             text=made.features if self._features else None,
             text_mask=made.mask if self._features else None,
             pooled=made.pooled if self._pooled else None,
         )
-        return all_of_them.rows([unlike.index(prompt) for prompt in prompts])
 
 
 def make_reader(dit: VideoDiT, encoder: FrozenTextEncoder | None, device: torch.device) -> TextReader | None:

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sora_lite.models.layers import MLP, CrossAttention, InnerAttention, Rope, SelfAttention, Span, modulate
+from sora_lite.models.layers import MLP, CrossAttention, InnerAttention, SelfAttention, Span, attend, modulate
 from sora_lite.models.patch import Grid
 from sora_lite.models.positions import rotate
 
@@ -86,7 +86,7 @@ class DiTBlock(nn.Module):
             self.cross = CrossAttention(style.width, text_width, style.heads, style.qk_norm)
 
     def forward(
-        self, x: Tensor, condition: Tensor, rope: Rope | None, grid: Grid, text: Tensor | None, mask: Tensor | None
+        self, x: Tensor, condition: Tensor, rope: Tensor | None, grid: Grid, text: Tensor | None, mask: Tensor | None
     ) -> Tensor:
         """x: B N D; text: B M D_text; mask: B 1 1 M, True where a text token is real."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition).unbind(1)  # each B D
@@ -114,13 +114,13 @@ class JointStream(nn.Module):
             self.norm_mlp, self.mlp = style.norm(), style.mlp()
 
     def project(self, x: Tensor, parts: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each B heads n d."""
+        """Queries, keys and values, each B n heads d."""
         return self.attention.project(modulate(self.norm_attention(x), parts[0], parts[1]))
 
     def finish(self, x: Tensor, y: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
-        """What the attention gave (B heads n d) and the MLP, added to x: B n D."""
+        """What the attention gave (B n heads d) and the MLP, added to x: B n D."""
         _, _, gate_a, shift_m, scale_m, gate_m = parts
-        x = torch.addcmul(x, gate_a.unsqueeze(1), self.attention.merge(y))
+        x = torch.addcmul(x, gate_a.unsqueeze(1), self.attention.out(y.flatten(2)))
         return torch.addcmul(x, gate_m.unsqueeze(1), self.mlp(modulate(self.norm_mlp(x), shift_m, scale_m)))
 
 
@@ -135,7 +135,7 @@ class JointBlock(nn.Module):
         self.inner = InnerAttention()
 
     def forward(
-        self, x: Tensor, condition: Tensor, rope: Rope | None, grid: Grid, text: Tensor | None, mask: Tensor | None
+        self, x: Tensor, condition: Tensor, rope: Tensor | None, grid: Grid, text: Tensor | None, mask: Tensor | None
     ) -> Tensor:
         """x: B N+M D, video tokens first; rope: for N+M tokens; mask: B 1 1 N+M. `text` is in x.
 
@@ -145,12 +145,12 @@ class JointBlock(nn.Module):
         video, words = x[:, :tokens], x[:, tokens:]
         of_video, of_text = self.video.modulation(condition).unbind(1), self.text.modulation(condition).unbind(1)
         streams = self.video.project(video, of_video), self.text.project(words, of_text)
-        q, k, v = (torch.cat(pair, dim=2) for pair in zip(*streams, strict=True))  # each B heads N+M d
+        q, k, v = (torch.cat(pair, dim=1) for pair in zip(*streams, strict=True))  # each B N+M heads d
         if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
-        y = self.inner(q, k, v, mask)  # B heads N+M d
-        video = self.video.finish(video, y[:, :, :tokens], of_video)  # B N D
-        return video if self.last else torch.cat([video, self.text.finish(words, y[:, :, tokens:], of_text)], dim=1)
+            q, k = rotate(q, rope), rotate(k, rope)
+        y = attend(self.inner, q, k, v, mask)  # B N+M heads d
+        video = self.video.finish(video, y[:, :tokens], of_video)  # B N D
+        return video if self.last else torch.cat([video, self.text.finish(words, y[:, tokens:], of_text)], dim=1)
 
 
 class FinalLayer(nn.Module):

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from sora_lite.models.blocks import BlockStyle, DiTBlock, FinalLayer, JointBlock, PerBlock
 from sora_lite.models.conditions import Conditions
-from sora_lite.models.layers import Rope, TimestepEmbedding
+from sora_lite.models.layers import TimestepEmbedding
 from sora_lite.models.patch import Grid, patchify, token_grid, unpatchify
 from sora_lite.models.positions import Scaling, rotation, sincos
 from sora_lite.models.text import ByteTextEncoder, TextProjection
@@ -219,7 +219,7 @@ class VideoDiT(nn.Module):
             pooled = self.pool_text(_needed(conditions.pooled, "pooled").to(dtype))
         return text, None if mask is None else mask[:, None, None, :], pooled
 
-    def _place(self, x: Tensor, grid: Grid) -> tuple[Tensor, Rope | None, Tensor | None]:
+    def _place(self, x: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Tokens with their place, the rotation of queries and keys, and what is added before the second block."""
         if self.positions == "rope":
             return x, rotation(grid, self.width // self.heads, self.rope_theta, x.device, self.scaling), None
@@ -261,14 +261,13 @@ def _given_frames(conditions: Conditions, latent: Tensor) -> Tensor:
 
 
 def _join(
-    x: Tensor, rope: Rope | None, text: Tensor | None, mask: Tensor | None
-) -> tuple[Tensor, Rope | None, Tensor | None]:
+    x: Tensor, rope: Tensor | None, text: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Video and text tokens as one sequence B N+M D, the rotation (none for text) and the mask B 1 1 N+M for it."""
     assert text is not None
     tokens, words = x.shape[1], text.shape[1]
     if rope is not None:
-        cos, sin = rope
-        rope = F.pad(cos, (0, 0, 0, words), value=1.0), F.pad(sin, (0, 0, 0, words))
+        rope = torch.cat([rope, rope.new_ones(words, rope.shape[1])])
     if mask is not None:
         mask = F.pad(mask, (tokens, 0), value=True)
     return torch.cat([x, text], dim=1), rope, mask

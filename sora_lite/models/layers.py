@@ -13,8 +13,6 @@ from torch.nn import functional as F
 
 from sora_lite.models.positions import rotate
 
-Rope = tuple[Tensor, Tensor]
-"""Cosine and sine of `positions.rotation`, each N d/2."""
 Span = Literal["all", "frame", "time"]
 """Which tokens attend to each other: all, those of a frame, or those of one place at all times."""
 
@@ -27,6 +25,14 @@ class InnerAttention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+def attend(inner: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`inner` on tensors as projections make them: q B N heads d; k, v B M heads d. Returns B N heads d.
+
+    The attention writes its result in the layout of q, so that nothing has to be copied on the way in or out.
+    """
+    return inner(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2)
+
+
 class QKNorm(nn.Module):
     """Root mean square normalisation of queries or keys (arXiv 2302.05442), with a gain: of each head's channels, of
     all heads' together (as in Wan), or none."""
@@ -36,10 +42,8 @@ class QKNorm(nn.Module):
         self.full = over == "full"
         self.norm = nn.Identity() if over == "none" else nn.RMSNorm(width if self.full else width // heads, eps=1e-6)
 
-    def forward(self, x: Tensor) -> Tensor:  # B heads N d
-        if not self.full:
-            return self.norm(x)
-        return self.norm(x.transpose(1, 2).flatten(2)).unflatten(-1, (x.shape[1], -1)).transpose(1, 2)
+    def forward(self, x: Tensor) -> Tensor:  # B N heads d
+        return self.norm(x.flatten(2)).unflatten(-1, (x.shape[2], -1)) if self.full else self.norm(x)
 
 
 class SelfAttention(nn.Module):
@@ -60,27 +64,23 @@ class SelfAttention(nn.Module):
         self.inner = InnerAttention()
         self.out: nn.Module = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, rope: Rope | None = None, mask: Tensor | None = None, frames: int = 1) -> Tensor:
-        """x: B N D; mask: B 1 1 N, for span "all" only; frames: T, by which the other spans group."""
+    def forward(self, x: Tensor, rope: Tensor | None = None, mask: Tensor | None = None, frames: int = 1) -> Tensor:
+        """x: B N D; rope: of `positions.rotation`; mask: B 1 1 N, for span "all" only; frames: T, by which the other
+        spans group."""
         q, k, v = self.project(x)
         if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
+            q, k = rotate(q, rope), rotate(k, rope)
         if self.span == "all":
-            y = self.inner(q, k, v, mask)  # B heads N d
-        else:
-            group = "(b t) h s d" if self.span == "frame" else "(b s) h t d"
-            q, k, v = (rearrange(one, f"b h (t s) d -> {group}", t=frames) for one in (q, k, v))
-            y = rearrange(self.inner(q, k, v), f"{group} -> b h (t s) d", b=len(x), t=frames)
-        return self.merge(y)
+            return self.out(attend(self.inner, q, k, v, mask).flatten(2))  # B N D
+        group = "(b t) s h d" if self.span == "frame" else "(b s) t h d"
+        q, k, v = (rearrange(one, f"b (t s) h d -> {group}", t=frames) for one in (q, k, v))
+        y = rearrange(attend(self.inner, q, k, v), f"{group} -> b (t s) (h d)", b=len(x), t=frames)
+        return self.out(y)  # B N D
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each B heads N d, normalised."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        """Queries, keys and values, each B N heads d, normalised."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
         return self.norm_q(q), self.norm_k(k), v
-
-    def merge(self, y: Tensor) -> Tensor:
-        """B heads N d -> B N D, through the output projection."""
-        return self.out(y.transpose(1, 2).flatten(2))
 
 
 class CrossAttention(nn.Module):
@@ -100,10 +100,10 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
         """x: B N D; context: B M C; mask: B 1 1 M, True where a context token is real."""
-        q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # B heads N d
-        k, v = self.kv(context).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each B heads M d
-        y = self.inner(self.norm_q(q), self.norm_k(k), v, mask)  # B heads N d
-        return self.out(y.transpose(1, 2).flatten(2))  # B N D
+        q = self.q(x).unflatten(-1, (self.heads, -1))  # B N heads d
+        k, v = self.kv(context).unflatten(-1, (2, self.heads, -1)).unbind(2)  # each B M heads d
+        y = attend(self.inner, self.norm_q(q), self.norm_k(k), v, mask)  # B N heads d
+        return self.out(y.flatten(2))  # B N D
 
 
 class MLP(nn.Sequential):

@@ -47,10 +47,8 @@ def axis_split(head_width: int) -> Grid:
 
 
 @lru_cache(maxsize=64)
-def rotation(
-    grid: Grid, head_width: int, theta: float, device: torch.device, scaling: Scaling | None = None
-) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every token's angles, each N x d/2, float32 (Su et al., arXiv 2104.09864).
+def rotation(grid: Grid, head_width: int, theta: float, device: torch.device, scaling: Scaling | None = None) -> Tensor:
+    """Every token's turns e^(i angle), N x d/2, complex64 (Su et al., arXiv 2104.09864).
 
     Pairs of neighbouring channels turn by position * theta^(-2i/d), so attention sees differences of positions only.
     """
@@ -64,14 +62,14 @@ def rotation(
         frequency = base ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
         angles.append(position.reshape(-1, 1) / (1.0 if by_base else factor) * frequency)
     angle = torch.cat(angles, dim=1)  # N d/2
-    return angle.cos().float().to(device), angle.sin().float().to(device)
+    return torch.polar(torch.ones_like(angle), angle).to(torch.complex64).to(device)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn channel pairs (2i, 2i+1) of queries or keys. x: B heads N d; cos, sin: N d/2."""
-    even, odd = x[..., 0::2], x[..., 1::2]
-    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
-    return turned.flatten(-2).type_as(x)
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Turn channel pairs (2i, 2i+1) of queries or keys. x: B N heads d; turns: N d/2, complex."""
+    # As complex numbers: one pass over memory, and one in the backward pass, where real ones take seven.
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # B N heads d/2
+    return torch.view_as_real(pairs * turns.unsqueeze(1)).flatten(-2).type_as(x)
 
 
 @lru_cache(maxsize=64)

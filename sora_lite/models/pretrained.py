@@ -41,6 +41,12 @@ class TextFeatures:
         if self.pooled is not None and (self.pooled.ndim != 2 or len(self.pooled) != len(self.features)):
             raise ValueError(f"text features {tuple(self.features.shape)} with pooled {tuple(self.pooled.shape)}")
 
+    def to(self, device: torch.device) -> "TextFeatures":
+        """The same on a device."""
+        pooled = None if self.pooled is None else self.pooled.to(device, non_blocking=True)
+        features, mask = (one.to(device, non_blocking=True) for one in (self.features, self.mask))
+        return TextFeatures(features=features, mask=mask, pooled=pooled)
+
 
 class FrozenTextEncoder(nn.Module):
     """A pretrained text encoder with its tokenizer. The empty prompt is "no text", the null condition.

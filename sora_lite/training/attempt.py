@@ -1,4 +1,4 @@
-"""What a run keeps of each of its attempts: where it ran, with what code, and what went wrong on the way."""
+"""What a run keeps of its attempts: with what code and versions each ran, and what went wrong on the way."""
 
 import functools
 import hashlib
@@ -28,17 +28,12 @@ def code_version() -> str:
     return digest.hexdigest()[:16]
 
 
-def write_attempt(run: Path, *, step: int, world_size: int) -> None:
-    """Add RUN/attempts/NNN.json: time, command, host, Slurm job, code, git state and versions of packages."""
-    folder = run / "attempts"
-    folder.mkdir(parents=True, exist_ok=True)
-    facts = {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+def describe_attempt(*, step: int, world_size: int) -> dict[str, Any]:
+    """What this attempt runs with, as JSON: command, device, Slurm job, code, git state and versions of packages."""
+    return {
         "from_step": step,
         "world_size": world_size,
         "command": sys.argv,
-        "host": platform.node(),
-        "pid": os.getpid(),
         "slurm": {name: value for name, value in os.environ.items() if name.startswith("SLURM_JOB_")},
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
@@ -47,8 +42,6 @@ def write_attempt(run: Path, *, step: int, world_size: int) -> None:
         "git_changes": _git("status", "--porcelain"),
         "packages": dict(sorted((one.name, one.version) for one in importlib.metadata.distributions())),
     }
-    number = 1 + max((int(path.stem) for path in folder.glob("*.json")), default=0)
-    (folder / f"{number:03d}.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def append_event(run: Path, event: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -213,9 +214,11 @@ class Saver:
 
     @staticmethod
     def _room(content: Content) -> Tensor:
-        pin = any(tensor.is_cuda for tensor in content.tensors)
         # Written to, so that the first snapshot need not wait for the memory.
-        return torch.empty(content.data_bytes, dtype=torch.uint8, pin_memory=pin).zero_()
+        if any(tensor.is_cuda for tensor in content.tensors):
+            return torch.empty(content.data_bytes, dtype=torch.uint8, pin_memory=True).zero_()
+        # NumPy asks the kernel for huge pages, torch does not: copying into them is a quarter faster.
+        return torch.from_numpy(np.empty(content.data_bytes, dtype=np.uint8)).zero_()
 
     def _contents(self) -> dict[str, Content]:
         files = {name: contents(engine, self.emas.get(name), self.rank) for name, engine in self.engines.items()}

@@ -41,6 +41,7 @@ from torch import Tensor, nn
 
 from sora_lite.config import OptimConfig, ParallelConfig, Precision
 from sora_lite.errors import UserError
+from sora_lite.parallel.apply import blocks_of
 from sora_lite.parallel.env import Rank
 from sora_lite.training.optim import parameter_groups
 
@@ -147,6 +148,10 @@ class Engine:
             fused=True,  # several times faster on CPU; and an optimizer that is passed in ready-made is not compiled
         )
         ds = _deepspeed(rank.device.type)
+        if parallel.compile and parallel.zero_stage == 3:
+            # Weights are gathered for a compiled block as a whole: hooks within it would break its graph.
+            for block in blocks_of(module):
+                ds.utils.set_z3_leaf_module(block, True)
         numel = sum(math.prod(shape) for shape in self.shapes.values())
         settings = _settings(optim, parallel, rank, self.micro_batch, numel)
         with contextlib.redirect_stdout(io.StringIO()):  # memory reports that no setting turns off

@@ -1,6 +1,7 @@
 """From the configuration of the data to what the trainer reads: indexes, latents that join them, the loader."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -36,19 +37,33 @@ def load_split(data: DataConfig, split: str, rank: Rank, *, required: bool = Tru
     return index
 
 
-def load_latents(data: DataConfig, index: Index, split: str, objective: Objective, rank: Rank) -> Joined | None:
-    """The latents of an index, if there are any. All ranks call it."""
-    folders = [
-        locate(folder, data.key_of(number, "latents")) if folder else None
-        for number, folder in enumerate(data.latent_folders)
-    ]
-    expected = {"fingerprint": objective.state().get("vae_fingerprint")}
+def load_made(data: DataConfig, index: Index, split: str, objective: Objective, rank: Rank) -> dict[str, Joined | None]:
+    """What was made of an index's clips beforehand, as far as it is given: `latents` and `text`. All ranks call it."""
+    state = objective.state()
+    encoder = state.get("text_encoder", {})
+    latents = _join(
+        data, index, split, "latents", data.latent_folders, {"fingerprint": state.get("vae_fingerprint")}, rank
+    )
+    same = {name: encoder.get(name) for name in ("max_tokens", "fingerprint")}
+    return {"latents": latents, "text": _join(data, index, split, "text", data.text_folders, same, rank)}
+
+
+def _join(
+    data: DataConfig,
+    index: Index,
+    split: str,
+    content: str,
+    given: list[str | None],
+    expected: dict[str, Any],
+    rank: Rank,
+) -> Joined | None:
+    folders = [locate(one, data.key_of(number, content)) if one else None for number, one in enumerate(given)]
     return rank.main_first(
         lambda: open_join(
             index,
             folders,
             split,
-            content="latents",
+            content=content,
             expected=expected,
             cache=Path(data.cache) if data.cache else None,
             check=rank.is_main,
@@ -77,9 +92,15 @@ def make_rows(data: DataConfig, objective: Objective) -> list[Row]:
 
 
 def make_loader(
-    config: BaseTrainConfig, index: Index, objective: Objective, rank: Rank, latents: Joined | None = None
+    config: BaseTrainConfig,
+    index: Index,
+    objective: Objective,
+    rank: Rank,
+    *,
+    latents: Joined | None = None,
+    text: Joined | None = None,
 ) -> ClipLoader:
-    """The loader of the configured data for this rank."""
+    """The loader of the configured data for this rank, with what was made of them (`load_made`)."""
     data = config.data
     return ClipLoader(
         index,
@@ -99,4 +120,5 @@ def make_loader(
         weights=[row.weight for row in data.sets if row.weight is not None] or None,
         image_ratio=data.image_ratio,
         latents=latents,
+        text=text,
     )

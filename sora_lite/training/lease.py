@@ -1,7 +1,7 @@
 """Who may change a run: one attempt at a time, and the newest of them.
 
-    lease/
-      000001.json       the first attempt: host, process, job, since when, and when it ended
+    attempts/
+      000001.json       the first attempt: host, process, job, since when, what it ran with, and when it ended
       000001.beat       a number that it counts up while it lives
       000002.json       ...
 
@@ -11,9 +11,9 @@ clocks that agree, on one machine or on a shared file system.
 
 A second job is refused while the attempt before it lives: it has not said that it ended, its process runs, and its beat
 goes on. Of a process on another host only the beat can be seen, so it is watched for a while. An attempt that is taken
-for dead and is not (a node that lost its network, a process that was stopped) finds the newer number at its next check:
-it may neither complete a checkpoint nor move the pointer, and the record that it holds open is no longer the run's,
-since the next attempt begins with a new file under that name (`training.tracking`).
+for dead and is not (a node that lost its network, a process that was stopped) finds the newer number at its next step
+and ends. Wherever it is, it may neither complete a checkpoint nor move the pointer, and the record that it holds open
+is no longer the run's, since the next attempt begins with a new file under that name (`training.tracking`).
 """
 
 import contextlib
@@ -32,11 +32,13 @@ from sora_lite.errors import UserError
 from sora_lite.parallel.env import Rank
 from sora_lite.training.store import explain
 
-FOLDER = "lease"
+FOLDER = "attempts"
 BEAT = 5.0
 """Seconds between two beats."""
 PATIENCE = 30.0
 """Seconds without a beat after which an attempt on another host counts as dead."""
+LOOK = 1.0
+"""Seconds between two looks of `Lease.is_taken_over`, which is asked at every step."""
 
 
 class Lease:
@@ -60,6 +62,7 @@ class Lease:
             with self._path.open("x") as file:
                 file.write(json.dumps(self._facts, indent=1))
             self._beat(0)
+            self._next_look = 0.0
         except FileExistsError as error:
             raise UserError(f"{run}: another job began with it at this moment; let that one run") from error
         except OSError as error:
@@ -74,14 +77,27 @@ class Lease:
             by = _describe(_read(_paths(self.folder, newest)[0]))
             raise UserError(f"{self.run}: was taken over by attempt {newest} ({by}); attempt {self.number} stops here")
 
+    def is_taken_over(self) -> bool:
+        """Whether `check` would raise, by one cheap look now and then; True may come up to LOOK seconds late."""
+        now = time.monotonic()
+        if now < self._next_look:
+            return False
+        self._next_look = now + LOOK
+        return _paths(self.folder, self.number + 1)[0].exists()
+
+    def note(self, facts: Mapping[str, Any]) -> None:
+        """Add to what the attempt's file says."""
+        self._facts |= facts
+        temporary = self._path.with_suffix(f".tmp-{self.token}")
+        temporary.write_text(json.dumps(self._facts, indent=1) + "\n")
+        temporary.replace(self._path)
+
     def release(self) -> None:
         """Say that this attempt ended, so that the next one need not wait."""
         self._ended.set()
         self._thread.join()
-        temporary = self._path.with_suffix(f".tmp-{self.token}")
         with contextlib.suppress(OSError):  # the next attempt then looks for the process instead
-            temporary.write_text(json.dumps({**self._facts, "ended": _now()}, indent=1))
-            temporary.replace(self._path)
+            self.note({"ended": _now()})
 
     def _newest(self) -> int:
         return max((int(path.stem) for path in self.folder.glob("[0-9]*.json")), default=0)
@@ -124,15 +140,24 @@ def hold(run: Path, rank: Rank, *, take_over: bool, say: Callable[[str], None] =
 
 
 class Held:
-    """A lease as each rank sees it: `token` is part of temporary names; only rank 0 can check it."""
+    """A lease as each rank sees it: `token` is part of temporary names. Rank 0 holds it; elsewhere calls do nothing."""
 
     def __init__(self, token: str, lease: Lease | None) -> None:
         self.token, self._lease = token, lease
 
     def check(self) -> None:
-        """On rank 0: raise UserError if a newer attempt has taken the run over. Elsewhere nothing."""
+        """Raise UserError if a newer attempt has taken the run over."""
         if self._lease:
             self._lease.check()
+
+    def is_taken_over(self) -> bool:
+        """Whether a newer attempt has taken the run over, as a cheap look tells."""
+        return self._lease is not None and self._lease.is_taken_over()
+
+    def note(self, facts: Mapping[str, Any]) -> None:
+        """Add to what the attempt's file says."""
+        if self._lease:
+            self._lease.note(facts)
 
 
 def _paths(folder: Path, number: int) -> tuple[Path, Path]:

@@ -107,8 +107,9 @@ class HeldOut:
         rank: Rank,
         batch: int,
         latents: Joined | None = None,
+        text: Joined | None = None,
     ) -> None:
-        self._reader, self._fps = ClipReader(index, cache_bytes=0, latents=latents), fps
+        self._reader, self._fps = ClipReader(index, cache_bytes=0, latents=latents, text=text), fps
         first = index.by_key
         chosen = first[frames_at(index.frames[first], index.fps[first], fps) >= shape[0]][:count]
         self.count = len(chosen)
@@ -148,7 +149,7 @@ class HeldOut:
                 clips[part],
                 self.shape,
                 keys=[self._reader.index.key(int(sample)) for sample in self._samples[part]],
-                captions=[clip.captions[0] if clip.captions else "" for clip in clips[part]],
+                said=[0] * len(clips[part]),
                 positions=torch.from_numpy(self._places[part]),
                 step=0,
                 views=[View(start=0, crop=clip.crop, flip=False) for clip in clips[part]],

@@ -32,11 +32,11 @@ from sora_lite.generation.pipeline import (
     to_float,
     to_uint8,
 )
-from sora_lite.generation.text import make_reader
+from sora_lite.generation.text import FrozenReader, make_reader
 from sora_lite.models.conditions import Conditions
 from sora_lite.models.dit import VideoDiT
 from sora_lite.models.patch import token_grid
-from sora_lite.models.pretrained import FrozenTextEncoder
+from sora_lite.models.pretrained import FrozenTextEncoder, TextFeatures
 from sora_lite.models.vae import CausalVAE, Posterior
 from sora_lite.parallel.env import Rank
 from sora_lite.training.engine import Engine
@@ -140,8 +140,17 @@ class DiTObjective:
         requests = self._requests(batch)
         check_requests(requests, num_classes=self.config.num_classes, has_text=self.reader is not None)
         labels = label_numbers([one.label for one in requests], self.config.num_classes, self.rank.device)
-        text = Conditions() if self.reader is None else self.reader([one.prompt for one in requests])
-        return replace(text, labels=labels)
+        return replace(self._text(batch), labels=labels)
+
+    def _text(self, batch: ClipBatch) -> Conditions:
+        """Text of each clip; what was not made beforehand is read or encoded now."""
+        if self.reader is None:
+            return Conditions()
+        if batch.text is None or batch.text_mask is None:
+            return self.reader(batch.captions)
+        assert isinstance(self.reader, FrozenReader)  # `config.check` lets no other model have such batches
+        made = TextFeatures(features=batch.text, mask=batch.text_mask, pooled=batch.pooled)
+        return self.reader.complete(made, batch.captions)
 
     @cached_property
     def _nothing(self) -> Conditions:

@@ -124,7 +124,7 @@ class _WandbView:
             except wandb.Error as error:
                 if mode is WandbMode.offline:
                     raise
-                reason = str(error) or type(error).__name__
+                reason = " ".join(str(error).split())[:200] or type(error).__name__  # a server may answer with a page
                 tqdm.write(f"W&B is not to be had ({reason}); its view of this attempt stays in {self._run}/wandb")
                 wandb.teardown()  # else it holds the run's id to be in use
                 wandb_run = self._start(WandbMode.offline)

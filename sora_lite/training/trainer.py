@@ -4,8 +4,7 @@ run folder: RUN/
   config.yaml          the resolved configuration of the last attempt
   metrics.jsonl        the record
   events.jsonl         updates that were left out, and rollbacks, with the samples of their steps
-  attempts/            where, with what code and what versions each attempt ran
-  lease/               see `training.lease`
+  attempts/            who may change the run, and with what each attempt ran; see `training.lease`
   watchdog/            signs of life of the ranks, and their stacks where they stopped
   checkpoints/         see `training.store`
   samples/             contact sheets
@@ -29,15 +28,15 @@ from sora_lite.data.index import Index
 from sora_lite.data.joined import Joined
 from sora_lite.data.loader import ClipBatch
 from sora_lite.errors import Interrupted, UserError
-from sora_lite.parallel.apply import apply_activation_checkpointing
+from sora_lite.parallel.apply import apply_parallel
 from sora_lite.parallel.env import Rank
-from sora_lite.training.attempt import EVENTS, append_event, code_version, write_attempt
+from sora_lite.training.attempt import EVENTS, append_event, code_version, describe_attempt
 from sora_lite.training.checkpoint import Saver
 from sora_lite.training.data_record import DataRecord
 from sora_lite.training.ema import EMA
 from sora_lite.training.engine import Engine
 from sora_lite.training.guards import UpdateGuard
-from sora_lite.training.inputs import load_latents, load_split, make_loader, make_rows
+from sora_lite.training.inputs import load_made, load_split, make_loader, make_rows
 from sora_lite.training.lease import Held
 from sora_lite.training.metrics import Means, peak_flops
 from sora_lite.training.objective import HeldOut, Loss, Objective
@@ -115,17 +114,16 @@ class Trainer:
         self.folder = Path(config.run.root) / config.run.name
         index = load_split(config.data, "train", rank)
         rank.main_first(lambda: open_buckets(index, make_rows(config.data, objective)))
-        latents = load_latents(config.data, index, "train", objective, rank)
-        self.loader = make_loader(config, index, objective, rank, latents)
+        made = load_made(config.data, index, "train", objective, rank)
+        self.loader = make_loader(config, index, objective, rank, **made)
         plain: Any = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
         inputs = objective.inputs()
-        if latents is not None:
-            inputs[config.data.latents_key] = latents.fingerprint()
+        inputs |= {config.data.key_of_all(what): one.fingerprint() for what, one in made.items() if one is not None}
         self.facts = Facts.of(plain, objective.name, inputs, index, self.loader.order)
         bucket = self.loader.order.buckets[0]
         micro = bucket.batch // rank.world_size // config.parallel.accumulation
 
-        def held_out(index: Index, count: int, latents: Joined | None) -> HeldOut:
+        def held_out(index: Index, count: int, made: dict[str, Joined | None]) -> HeldOut:
             return HeldOut(
                 index,
                 count=count,
@@ -133,18 +131,17 @@ class Trainer:
                 fps=bucket.fps,
                 rank=rank,
                 batch=micro,
-                latents=latents,
+                **made,
             )
 
         validation = load_split(config.data, "validation", rank, required=False)
         self.validation = held_out(
             validation,
             config.run.validation_samples,
-            load_latents(config.data, validation, "validation", objective, rank),
+            load_made(config.data, validation, "validation", objective, rank),
         )
-        self.statistics = held_out(index, STATISTICS_SAMPLES, latents)
-        if config.parallel.activation_checkpointing:
-            apply_activation_checkpointing(objective.module)
+        self.statistics = held_out(index, STATISTICS_SAMPLES, made)
+        apply_parallel(objective.module, config.parallel)
         self.engine = Engine(
             objective.module, optim=config.optim, parallel=config.parallel, rank=rank, global_batch=bucket.batch
         )
@@ -236,8 +233,10 @@ class Trainer:
                 micro_batches,
                 self.step,
                 lr,
-                stop=bool(self.stop.received),
+                stop=bool(self.stop.received) or self.lease.is_taken_over(),
             )
+            if result.stopping:  # an attempt that another one took the run from saves nothing
+                self.rank.together(self.lease.check)
             self.step += 1
             self.progress.update()
             self.saver.border()
@@ -331,6 +330,9 @@ class Trainer:
             shape = batch.shape
             if self.loader.latents is not None:
                 means.add("from_latents", batch.is_latent.double().mean(), len(batch.keys))
+            if self.loader.text is not None:
+                made = batch.text_mask.any(1).double().mean() if batch.text_mask is not None else 0.0
+                means.add("from_text_features", made, len(batch.keys))
             clips = len(batch.keys) * self.rank.world_size
             clock.clips += clips
             clock.tokens += clips * self.objective.tokens(*shape)
@@ -423,6 +425,7 @@ class Trainer:
     def resume(self, lease: Held) -> None:
         """Go on from the newest good checkpoint, if there is one, and write down what this attempt runs with."""
         run = self.config.run
+        self.lease = lease
         # First: no attempt that was taken for dead can move the pointer after this.
         self.saver = Saver(
             self.folder / "checkpoints",
@@ -441,7 +444,7 @@ class Trainer:
         if self.rank.is_main:
             (self.folder / "samples").mkdir(parents=True, exist_ok=True)
             OmegaConf.save(OmegaConf.structured(self.config), self.folder / "config.yaml")
-            write_attempt(self.folder, step=self.step, world_size=self.rank.world_size)
+            lease.note(describe_attempt(step=self.step, world_size=self.rank.world_size))
 
     def _finish_saving(self) -> None:
         """Wait until the last checkpoint is safe."""

@@ -14,6 +14,7 @@ from real_runs import Ranks
 from tiny_inputs import Tiny
 
 from sora_lite.evaluation.record import RECORD, read_record
+from sora_lite.training.lease import Lease
 
 pytestmark = pytest.mark.dist
 
@@ -121,6 +122,17 @@ def test_signals_save_once_and_ask_for_another_attempt(tmp_path: Path, tiny: Tin
     assert list(losses(tmp_path / "stopped")) == list(range(1, step + 3))
 
 
+def test_an_attempt_that_was_taken_for_dead_ends_at_its_next_step(tmp_path: Path, tiny: Tiny) -> None:
+    ranks = Ranks(tmp_path / "ranks", 2, settings(tiny, tmp_path, "run.steps=4000", "run.save_every=4000"))
+    ranks.wait_for(tmp_path / "run" / RECORD, '"step": 3')
+    newer = Lease(tmp_path / "run", take_over=True)
+    assert ranks.end(30) == [2, 2], ranks.log
+    assert "was taken over by attempt 2" in ranks.log and "attempt 1 stops here" in ranks.log
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == [], "it saves nothing"
+    newer.check()
+    newer.release()
+
+
 @pytest.mark.parametrize("stage", [0, 2])
 def test_a_loss_that_is_no_number(tmp_path: Path, tiny: Tiny, stage: int) -> None:
     argv = settings(tiny, tmp_path, f"parallel.zero_stage={stage}")
@@ -206,7 +218,9 @@ def test_what_a_run_keeps_of_its_attempts(tmp_path: Path, tiny: Tiny) -> None:
     for steps in (2, 4):
         assert Ranks(tmp_path / "ranks", 1, settings(tiny, tmp_path, f"run.steps={steps}")).end() == [0]
     first, second = (json.loads(path.read_text()) for path in sorted((tmp_path / "run/attempts").glob("*.json")))
+    assert (first["attempt"], second["attempt"]) == (1, 2)
     assert (first["from_step"], second["from_step"]) == (0, 2)
+    assert first["since"] <= first["ended"] <= second["since"]
     assert first["packages"]["torch"] and first["code"] == second["code"]
     assert not list((tmp_path / "run/watchdog").iterdir())
     assert threading.active_count() < 50

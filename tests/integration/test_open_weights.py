@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_inputs import call
+from text_folders import save_t5
+from tiny_inputs import Tiny, call
 from tiny_models import tiny_wan
 from torch import Tensor, nn
 
@@ -87,6 +88,32 @@ def test_wan_in_and_out(tmp_path: Path, form: str) -> None:
         assert torch.equal(again.state_dict()[name], tensor), name
     assert call("import", f"weights_from={tmp_path / 'back'}", f"out={tmp_path / 'twice'}") == 0
     assert (tmp_path / "twice/model.safetensors").read_bytes() == (tmp_path / "ours/model.safetensors").read_bytes()
+
+
+def test_training_goes_on_from_wan(tiny: Tiny, tmp_path: Path) -> None:
+    """A pipeline of diffusers gives the transformer and the text encoder; the run is exported for diffusers again."""
+    pipeline = tmp_path / "pipeline"
+    tiny_wan(text=16).save_pretrained(pipeline / "transformer")
+    save_t5(pipeline / "text_encoder", umt5=True)
+    (pipeline / "tokenizer").mkdir()
+    for path in [*(pipeline / "text_encoder").glob("tokenizer*"), *(pipeline / "text_encoder").glob("special*")]:
+        path.rename(pipeline / "tokenizer" / path.name)
+    assert call("import", f"weights_from={pipeline}", f"out={tmp_path / 'wan'}") == 0
+    model = ["model=wan_1_3b", "model.width=24", "model.depth=2", "model.heads=2", "model.text_features=16"]
+    run = [*model, "model.mlp_ratio=1.6666666666666667", "model.num_classes=0", f"text_from={pipeline}", "run.steps=1"]
+    words = ["train", "experiment=tiny", f"data.shards={tiny.shards}", f"vae_from={tiny.vae}", f"run.root={tmp_path}"]
+    assert call(*words, *run, f"init_from={tmp_path / 'wan'}") == 0
+    taken = json.loads((tmp_path / "tiny/init_from.json").read_text())
+    assert taken and {row["fate"] for row in taken} == {"taken"}
+    assert call("export", f"run={tmp_path / 'tiny'}", "layout=diffusers") == 0
+    again = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "tiny/diffusers")
+    moved = [
+        not torch.equal(tensor, again.state_dict()[name]) for name, tensor in tiny_wan(text=16).state_dict().items()
+    ]
+    assert any(moved)
+    made = f"out={tmp_path / 'clips'}"
+    asked = ["generate", f"model_from={tmp_path / 'tiny'}", "prompts=[a dog]", "sampling.steps=1", made]
+    assert call(*asked, f"text_from={pipeline}") == 0
 
 
 def test_dit_in_and_out(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_loader import ALONE
 from text_folders import save_clip, save_t5
 from tiny_inputs import Plain, Tiny, call
 
@@ -19,11 +20,9 @@ from sora_lite.generation.export import load_vae, read_contract
 from sora_lite.generation.text import open_encoder
 from sora_lite.models.conditions import Conditions
 from sora_lite.models.pretrained import FrozenTextEncoder
-from sora_lite.parallel.env import Rank
 from sora_lite.training.inputs import load_split, make_loader
 from sora_lite.training.objective_dit import DiTObjective
 
-ALONE = Rank(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"), backend="none", launcher="none")
 T5 = ["model.text=null", "model.text_features=16", "model.text_tokens=16"]
 CLIP = [*T5, "model.pooled_features=16"]
 WAN = [*T5, "model.pad_text=true", "model.num_classes=0", "model.qk_norm=full", "model.modulation=shared"]

@@ -228,17 +228,15 @@ def test_factorised_attention_reaches_all_tokens_in_two_blocks(kind: str) -> Non
 def test_positions_beyond_training_are_brought_back() -> None:
     plain = functools.partial(rotation, head_width=24, theta=1e4, device=torch.device("cpu"))
     trained, larger = (2, 4, 4), (2, 8, 12)
-    linear = plain(larger, scaling=Scaling(method="linear", grid=trained))[1].view(2, 8, 12, 12)
-    inside = plain(trained)[1].view(2, 4, 4, 12)
+    linear = plain(larger, scaling=Scaling(method="linear", grid=trained)).view(2, 8, 12, 12)
+    inside = plain(trained).view(2, 4, 4, 12)
     torch.testing.assert_close(linear[:, ::2, ::3], inside)  # every second row and third column is a trained place
-    ntk_cos, ntk_sin = plain(larger, scaling=Scaling(method="ntk", grid=trained))
-    angle = torch.atan2(ntk_sin, ntk_cos).view(2, 8, 12, 12)
+    angle = plain(larger, scaling=Scaling(method="ntk", grid=trained)).angle().view(2, 8, 12, 12)
     assert angle[0, 1, 0, 4].item() == pytest.approx(1.0)  # the first frequency of rows is as before
     lowest = 1e4 ** (-6 / 8)  # the last one of four is divided by the factor, 2
     assert angle[0, 1, 0, 7].item() == pytest.approx(lowest / 2, rel=1e-5)
     for method in ("linear", "ntk"):  # nothing changes within what was trained
-        for a, b in zip(plain((1, 3, 4), scaling=Scaling(method=method, grid=trained)), plain((1, 3, 4)), strict=True):
-            assert torch.equal(a, b)
+        assert torch.equal(plain((1, 3, 4), scaling=Scaling(method=method, grid=trained)), plain((1, 3, 4)))
     place, _ = sincos((1, 8, 4), 16, torch.device("cpu"), Scaling(method="linear", grid=(1, 4, 4)))
     torch.testing.assert_close(place.view(8, 4, 16)[::2], sincos((1, 4, 4), 16, torch.device("cpu"))[0].view(4, 4, 16))
 
@@ -249,10 +247,10 @@ def test_rope_makes_the_model_blind_to_where_everything_is_shifted() -> None:
     latent, time, given = inputs()
     out = model(latent, time, given)
     whole = rotation((5, 4, 7), 12, 1e4, torch.device("cpu"))
-    shifted = tuple(table.view(5, 4, 7, 6)[2:, 2:, 4:].reshape(-1, 6) for table in whole)  # a grid of 3, 2, 3
+    shifted = whole.view(5, 4, 7, 6)[2:, 2:, 4:].reshape(-1, 6)  # a grid of 3, 2, 3
     model._place = lambda x, grid: (x, shifted, None)
     torch.testing.assert_close(model(latent, time, given), out, rtol=1e-4, atol=1e-5)
-    model._place = lambda x, grid: (x, tuple(table[torch.randperm(18)] for table in shifted), None)
+    model._place = lambda x, grid: (x, shifted[torch.randperm(18)], None)
     assert (model(latent, time, given) - out).abs().max() > 1e-4
 
 
@@ -304,22 +302,23 @@ def test_patches_invert_and_follow_frames_then_rows() -> None:
         token_grid((3, 4, 5), (1, 2, 2))
 
 
-def test_rope_equals_complex_rotation_and_is_relative() -> None:
+def test_rope_turns_pairs_of_channels_and_is_relative() -> None:
     assert axis_split(128) == (44, 42, 42)  # as in Wan
     assert axis_split(64) == (24, 20, 20)
     grid, head = (4, 3, 5), 24
-    cos, sin = rotation(grid, head, 10_000.0, torch.device("cpu"))
-    x = torch.randn(1, 1, 60, head)
+    turns = rotation(grid, head, 10_000.0, torch.device("cpu"))
+    x = torch.randn(1, 60, 1, head)
     positions = [(t, h, w) for t in range(4) for h in range(3) for w in range(5)]
     for n, position in enumerate(positions):
         angles = [
             p * 10_000.0 ** (-2 * i / d) for p, d in zip(position, axis_split(head), strict=True) for i in range(d // 2)
         ]
-        turn = torch.polar(torch.ones(head // 2), torch.tensor(angles))
-        expected = torch.view_as_real(torch.view_as_complex(x[0, 0, n].view(-1, 2)) * turn).flatten()
-        torch.testing.assert_close(rotate(x, cos, sin)[0, 0, n], expected, rtol=1e-4, atol=1e-5)
+        cos, sin = torch.tensor(angles).cos(), torch.tensor(angles).sin()
+        even, odd = x[0, n, 0, 0::2], x[0, n, 0, 1::2]
+        expected = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten()
+        torch.testing.assert_close(rotate(x, turns)[0, n, 0], expected, rtol=1e-4, atol=1e-5)
     q, k = torch.randn(head), torch.randn(head)
-    score = rotate(q.expand(1, 1, 60, head), cos, sin)[0, 0] @ rotate(k.expand(1, 1, 60, head), cos, sin)[0, 0].T
+    score = rotate(q.expand(1, 60, 1, head), turns)[0, :, 0] @ rotate(k.expand(1, 60, 1, head), turns)[0, :, 0].T
     a, b = positions.index((0, 1, 2)), positions.index((1, 0, 4))
     c, d = positions.index((2, 2, 0)), positions.index((3, 1, 2))  # the same difference, elsewhere
     torch.testing.assert_close(score[a, b], score[c, d], rtol=1e-4, atol=1e-4)

@@ -37,7 +37,7 @@ def holder(tmp_path: Path) -> subprocess.Popen:
 
 def move_to_another_host(run: Path) -> None:
     """Let the first attempt look as if it ran elsewhere."""
-    path = run / "lease/000001.json"
+    path = run / "attempts/000001.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"boot": "another", "host": "node7", "job": "991"}))
 
 
@@ -85,10 +85,15 @@ def test_a_requeued_job_need_not_wait(
 def test_what_was_taken_over_is_fenced(tmp_path: Path) -> None:
     first = Lease(tmp_path)
     first.check()
+    assert not first.is_taken_over()
     second = Lease(tmp_path, take_over=True)
+    assert not first.is_taken_over(), "it has just looked"
+    time.sleep(lease.LOOK)
+    assert first.is_taken_over()
     with pytest.raises(UserError, match=r"taken over by attempt 2 .*attempt 1 stops"):
         first.check()
     second.check()
+    assert not second.is_taken_over()
     second.release()
     first.release()
 

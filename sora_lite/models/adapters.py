@@ -382,6 +382,7 @@ def config_of(layout: str, architecture: Mapping[str, Any], latent: tuple[int, i
         key: value
         for key, value in architecture_of(layout, config).items()
         if value != given[key]
+        and not (key == "mlp_ratio" and round(given["width"] * value) == round(given["width"] * given[key]))
         and not (key == "rope_theta" and given["positions"] == "sincos")
         and not (key == "text_tokens" and not given["pad_text"])  # how texts are cut is no part of such a model
     }

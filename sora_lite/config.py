@@ -192,11 +192,14 @@ class FrameMode(Enum):
 
 
 class BatchBy(Enum):
-    """What the micro-steps of all buckets have alike, as near as whole batches come: tokens, or FLOPs of the configured
-    models (forward and backward, and the frozen VAE's encoder), so that steps take about the same time."""
+    """What the micro-steps of all buckets have alike, as near as whole batches come: tokens; FLOPs of the configured
+    models (forward and backward, and the frozen VAE's encoder), so that steps take about the same time; or, for clips
+    that come as latents, FLOPs of the trained model alone. It is said, not guessed from the data: batches are part of
+    the order, which latents do not change."""
 
     tokens = "tokens"
     flops = "flops"
+    model_flops = "model_flops"
 
 
 class Format(Enum):
@@ -337,7 +340,8 @@ class DataConfig:
     """Tokens (of a VAE: latent cells) in a global micro-step of the first row over all ranks; `batch_by` says what the
     others have in common with it. Rows may name a batch instead."""
     batch_by: BatchBy = BatchBy.tokens
-    """What the batches of all rows have alike: tokens, or flops (long clips then come in smaller batches)."""
+    """What the batches of all rows have alike: tokens, flops (long clips then come in smaller batches), or model_flops
+    (without the VAE's encoder, for clips that come as latents)."""
     divisor: int = 8
     """Batches are multiples of this, so that any rank count dividing it can run or resume the run."""
     block_shards: int = 8
@@ -692,7 +696,8 @@ class DataPreviewConfig(TrainConfig):
     """`sora-lite data-preview`: what `sora-lite train` with the same settings would see."""
 
     vae_from: str = ""
-    """The trained VAE, whose factors count the tokens of a clip; empty takes the usual 4 x 8 x 8 compression."""
+    """The trained VAE, whose factors count the tokens of a clip; empty takes the usual 4 x 8 x 8 compression. Latents
+    must be its."""
     preview: PreviewConfig = field(default_factory=PreviewConfig)
 
 
@@ -865,7 +870,7 @@ class DemoConfig:
     """`sora-lite demo`: the whole way on moving handwritten digits, from rendering to evaluation."""
 
     experiment: str = "demo"
-    """`demo` (minutes) or `moving_digits` (up to an hour)."""
+    """`demo` (minutes), `moving_digits` or, with given frames, `moving_digits_frames` (up to an hour)."""
     root: str = "runs"
     """Folder for everything that it makes."""
     clips: int = 5000
@@ -935,8 +940,7 @@ def check(config: object) -> None:
         _check_lora(config)
         _check_text(config)
     if isinstance(config, DataPreviewConfig):
-        for key, least in (("start", 0), ("clips", 1), ("steps", 1), ("world_size", 1), ("accumulation", 1)):
-            _require(getattr(config.preview, key) >= least, f"preview.{key}", f"must be at least {least}")
+        _check_preview(config)
     if isinstance(config, GenerateConfig | EvaluateConfig):
         _check_sampling(config.sampling)
     if isinstance(config, EvaluateConfig):
@@ -1178,6 +1182,18 @@ def _check_lora(config: TrainConfig) -> None:
         "is missing; adapters (lora.rank) are of a trained model: name an export, a run that holds one, or an import",
     )
     _require(len(lora.targets) > 0, "lora.targets", "is empty; name layers, such as [blocks.*]")
+
+
+def _check_preview(config: DataPreviewConfig) -> None:
+    for key, least in (("start", 0), ("clips", 1), ("steps", 1), ("world_size", 1), ("accumulation", 1)):
+        _require(getattr(config.preview, key) >= least, f"preview.{key}", f"must be at least {least}")
+    data = config.data
+    for given, made, folders, source in (
+        (config.vae_from, "latents", data.latent_folders, "vae_from"),
+        (config.text_from, "text", data.text_folders, "text_from"),
+    ):
+        needs = f"names what {data.key_of_all(made)} must have been made with; give it as to `sora-lite train`"
+        _require(bool(given) or not any(folders), source, needs)
 
 
 def _check_text(config: TrainConfig) -> None:

@@ -15,18 +15,23 @@ import torch
 
 from sora_lite.cli.train import check_buckets, describe
 from sora_lite.config import DataPreviewConfig, PreviewFormat, VAEConfig
+from sora_lite.data.batch import ClipBatch
 from sora_lite.data.index import Index
-from sora_lite.data.loader import ClipBatch, ClipLoader
+from sora_lite.data.loader import ClipLoader, ClipReader
+from sora_lite.data.shards import DamagedSample
+from sora_lite.data.video import BadVideo
+from sora_lite.errors import UserError
 from sora_lite.evaluation.page import contact_sheet
 from sora_lite.generation.export import load_vae
+from sora_lite.generation.text import open_encoder
 from sora_lite.models.vae import CausalVAE
 from sora_lite.parallel.env import Rank
-from sora_lite.training.inputs import load_split, make_loader
+from sora_lite.training.inputs import load_made, load_split, make_loader
 from sora_lite.training.objective_dit import DiTObjective
 
 LOOK_AHEAD = 4096
 """Steps among which each bucket's first ones are looked for."""
-COLUMNS = ("step", "key", "shard", "source", "start", "crop", "flip", "label", "caption")
+COLUMNS = ("step", "key", "shard", "source", "start", "crop", "flip", "latent", "text", "label", "caption")
 
 
 def main(config: DataPreviewConfig) -> None:
@@ -35,14 +40,15 @@ def main(config: DataPreviewConfig) -> None:
     objective = build_objective(config)
     check_buckets(config, objective)
     index = load_split(config.data, "train", one_of(1))
+    made = load_made(config.data, index, "train", objective, one_of(1))
     if config.preview.format is PreviewFormat.jsonl:
         config = replace(config, parallel=replace(config.parallel, accumulation=config.preview.accumulation))
         ranks = [one_of(config.preview.world_size, rank) for rank in range(config.preview.world_size)]
-        for line in lines(config, [make_loader(config, index, objective, rank) for rank in ranks]):
+        for line in lines(config, [make_loader(config, index, objective, rank, **made) for rank in ranks]):
             print(json.dumps(line, ensure_ascii=False), flush=True)
         return
     config = replace(config, parallel=replace(config.parallel, accumulation=1))
-    loader = make_loader(config, index, objective, one_of(1))
+    loader = make_loader(config, index, objective, one_of(1), **made)
     page = write_page(config, loader)
     print("\n".join(describe(config, loader)))
     print(f"{page}: open it in a browser")
@@ -56,9 +62,11 @@ def one_of(world_size: int, rank: int = 0) -> Rank:
 
 def build_objective(config: DataPreviewConfig) -> DiTObjective:
     """What decides the batches: the shapes of the DiT, on the named VAE or on one of the usual compression."""
+    rank = one_of(1)
     vae = load_vae(Path(config.vae_from))[0] if config.vae_from else CausalVAE(**asdict(VAEConfig()))
+    encoder = open_encoder(asdict(config.model), config.text_from, rank.device) if config.text_from else None
     with torch.device("meta"):
-        return DiTObjective(config.model, config.diffusion, vae, seed=config.run.seed, rank=one_of(1))
+        return DiTObjective(config.model, config.diffusion, vae, encoder, seed=config.run.seed, rank=rank)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -92,7 +100,9 @@ def lines(config: DataPreviewConfig, loaders: Sequence[ClipLoader]) -> Iterator[
 
 
 def facts_of(batch: ClipBatch, index: Index) -> list[dict[str, Any]]:
-    """What is said of each sample of a batch. Crops are left, top, right, bottom in pixels of the source."""
+    """What is said of each sample of a batch. Crops are left, top, right, bottom in pixels of the source; latent, text:
+    whether the sample comes as a latent, and its caption as features, that were made beforehand."""
+    featured = [False] * len(batch.keys) if batch.text_mask is None else batch.text_mask.any(1).tolist()
     return [
         {
             "position": int(batch.positions[i]),
@@ -101,6 +111,8 @@ def facts_of(batch: ClipBatch, index: Index) -> list[dict[str, Any]]:
             "start": batch.views[i].start,
             "crop": [round(side, 3) for side in batch.views[i].crop],
             "flip": batch.views[i].flip,
+            "latent": bool(batch.is_latent[i]),
+            "text": featured[i],
             "label": int(batch.labels[i]),
             "caption": batch.captions[i],
         }
@@ -129,20 +141,35 @@ def write_page(config: DataPreviewConfig, loader: ClipLoader) -> Path:
 
 
 def first_clips(config: DataPreviewConfig, loader: ClipLoader, bucket: int) -> list[Seen]:
-    """Up to `preview.clips` clips of the first steps of a bucket, from `preview.start` on."""
+    """Up to `preview.clips` clips of the first steps of a bucket, from `preview.start` on.
+
+    Of a latent, the clip that it was made of is shown. Raises UserError if that cannot be read.
+    """
     preview, index, found = config.preview, loader.index, []
     for step in range(preview.start, preview.start + LOOK_AHEAD):
         if loader.order.step(step)[0].bucket != bucket:
             continue
         ((batch,),) = loader.steps(step, step + 1)
+        videos = iter(batch.video)
         for i, facts in enumerate(facts_of(batch, index)):
             sample = int(batch.samples[i])
             source = f"{index.frames[sample]} frames of {index.height[sample]}x{index.width[sample]}"
             facts |= {"step": step, "source": f"{source} at {index.fps[sample]:g} fps"}
-            found.append(Seen(frames=batch.video[i].permute(1, 2, 3, 0).numpy(), facts=facts))
+            shown = clip_of(loader, bucket, sample) if facts["latent"] else next(videos).permute(1, 2, 3, 0).numpy()
+            found.append(Seen(frames=shown, facts=facts))
         if len(found) >= preview.clips:
             break
     return found[: preview.clips]
+
+
+def clip_of(loader: ClipLoader, bucket: int, sample: int) -> np.ndarray:
+    """The clip that a latent was made of: uint8 T H W 3."""
+    row = loader.order.buckets[bucket]
+    try:
+        return ClipReader(loader.index, cache_bytes=0).read(sample, row.shape, row.fps).frames
+    except (DamagedSample, BadVideo) as error:
+        key = loader.index.key(sample)
+        raise UserError(f"{key}: the clip of this latent cannot be shown ({error}); run `sora-data verify`") from None
 
 
 PAGE = """<!doctype html>

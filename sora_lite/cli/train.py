@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from sora_lite.cli import run_verb
-from sora_lite.config import BaseTrainConfig, TrainConfig, TrainVAEConfig
+from sora_lite.config import BaseTrainConfig, BatchBy, TrainConfig, TrainVAEConfig
 from sora_lite.data.index import Index
 from sora_lite.data.loader import ClipLoader
 from sora_lite.errors import Interrupted, UserError
@@ -25,6 +25,7 @@ from sora_lite.training.lora import describe as describe_adapted
 from sora_lite.training.objective import Objective
 from sora_lite.training.objective_dit import DiTObjective
 from sora_lite.training.objective_vae import VAEObjective
+from sora_lite.training.rank_log import rank_log
 from sora_lite.training.trainer import Trainer
 
 
@@ -77,7 +78,10 @@ def train(config: TrainConfig | TrainVAEConfig, rank: Rank) -> None:
     rows = start(config, objective, rank)
     trainer = Trainer(config, objective, rank)
     # Only now: a command that is refused above leaves no folder, and takes no run from a job that trains.
-    with hold(trainer.folder, rank, take_over=config.run.take_over) as lease:
+    with (
+        hold(trainer.folder, rank, take_over=config.run.take_over) as lease,
+        rank_log(trainer.folder, rank.rank),
+    ):
         trainer.resume(lease)
         if rank.is_main:
             if isinstance(objective, DiTObjective):  # a run holds all that its export needs
@@ -135,9 +139,10 @@ def describe(config: BaseTrainConfig, loader: ClipLoader) -> list[str]:
     if left := len(loader.index) - sum(len(bucket.samples) for bucket in buckets):
         lines.append(f"left out, as too short for every bucket: {left:,} samples")
     if loader.latents is not None:
-        lines.append(
-            "come as latents: {:,} of {:,} samples in buckets; the others are decoded".format(*loader.cached())
-        )
+        cached, samples = loader.cached()
+        lines.append(f"come as latents: {cached:,} of {samples:,} samples in buckets; the others are decoded")
+        if cached == samples and config.data.batch_by is BatchBy.flops:
+            lines.append("data.batch_by: flops counts the VAE's encoder, which is not used; model_flops leaves it out")
     if loader.text is not None:
         lines.append(
             f"come with text features: {loader.captioned():,} of {sum(loader.order.set_samples):,} samples in buckets; "

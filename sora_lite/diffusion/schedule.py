@@ -8,6 +8,7 @@ Outside of this package a step is the time k / 1000, in float64, from which 1000
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate, repeat
 from typing import TypeVar
 
 import torch
@@ -103,8 +104,10 @@ def posterior_mean_weights(alpha: Number, sigma: Number, alpha_to: Number, sigma
 def respaced(count: int, last: int = STEPS - 1) -> Tensor:
     """`count` of the steps 0 to `last`, evenly spaced with both ends, rising (Nichol & Dhariwal).
 
-    One step is the last, since sampling starts from noise.
+    The stride is summed up and halves are rounded to even as in the code of DiT, so that the steps are the same. One
+    step is the last, since sampling starts from noise.
     """
     if count == 1:
         return torch.tensor([last])
-    return torch.linspace(0, last, count, dtype=torch.float64).round().long()
+    strides = repeat(last / (count - 1), count - 1)
+    return torch.tensor([round(place) for place in accumulate(strides, initial=0.0)])

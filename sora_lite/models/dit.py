@@ -150,6 +150,9 @@ class VideoDiT(nn.Module):
         if isinstance(self.text, ByteTextEncoder):  # bytes must differ clearly before anything can be read from them
             nn.init.normal_(self.text.token_embedding.weight)
             nn.init.normal_(self.text.position_embedding.weight)
+        # In the paper's code the patch embedding is a convolution, whose bias stays as torch draws it.
+        bound = self.embed.in_features**-0.5
+        nn.init.uniform_(self.embed.bias, -bound, bound)
         # adaLN-Zero: every block starts as the identity, since its gates are zero; and the first prediction is zero.
         for module in self.modules():
             if isinstance(module, PerBlock):

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from sora_lite.config import DataConfig
-from sora_lite.data.loader import BadSample, ClipBatch, ClipLoader
+from sora_lite.data.batch import BadSample, ClipBatch
+from sora_lite.data.loader import ClipLoader
 from sora_lite.data.remote import ReadCounts
 from sora_lite.errors import UserError
 from sora_lite.parallel.env import Rank
@@ -125,7 +126,8 @@ class DataRecord:
     def _refuse_too_many(self) -> None:
         limit = self._data.max_bad_fraction
         if self.bad > A_HANDFUL and self.bad > limit * self.seen:
-            verify = ", ".join(f"`sora-data verify {folder}`" for folder in self._data.folders)
+            given = [*self._data.folders, *self._data.latent_folders, *self._data.text_folders]
+            verify = ", ".join(f"`sora-data verify {folder}`" for folder in given if folder)
             raise UserError(
                 f"data.max_bad_fraction: {self.bad} of {self.seen} samples were damaged, more than {limit:.2%} (the "
                 f"last: {self._last['shard']}, {self._last['reason']}); {self._path} lists them; run {verify}"

@@ -82,8 +82,9 @@ def make_rows(data: DataConfig, objective: Objective) -> list[Row]:
         )
         for rule in data.buckets
     ]
+    costs = {BatchBy.tokens: objective.tokens, BatchBy.flops: objective.cost, BatchBy.model_flops: objective.flops}
     budget = Budget(
-        cost=objective.cost if data.batch_by is BatchBy.flops else objective.tokens,
+        cost=costs[data.batch_by],
         tokens=objective.tokens,
         batch_tokens=data.batch_tokens,
         divisor=data.divisor,

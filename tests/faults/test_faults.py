@@ -212,6 +212,9 @@ def test_an_error_of_one_rank_ends_all_and_stands_first(tmp_path: Path, tiny: Ti
     first, *others = ranks.log.split("Traceback (most recent call last)")[1:]
     assert "ZeroDivisionError: planted" in first
     assert others
+    logs = [(tmp_path / f"run/logs/rank_{rank:05d}.log").read_text() for rank in range(3)]
+    assert ["ZeroDivisionError: planted" in log for log in logs] == [False, False, True]
+    assert all("Traceback (most recent call last)" in log for log in logs)
 
 
 def test_what_a_run_keeps_of_its_attempts(tmp_path: Path, tiny: Tiny) -> None:
@@ -223,4 +226,10 @@ def test_what_a_run_keeps_of_its_attempts(tmp_path: Path, tiny: Tiny) -> None:
     assert first["since"] <= first["ended"] <= second["since"]
     assert first["packages"]["torch"] and first["code"] == second["code"]
     assert not list((tmp_path / "run/watchdog").iterdir())
+    log = (tmp_path / "run/logs/rank_00000.log").read_text()
+    assert [line[:3] for line in log.splitlines()].count("-- ") == 2
+    assert (
+        "run: trained to step 2\n" in log and "run: goes on from step 2\n" in log and "run: trained to step 4\n" in log
+    )
+    assert "step/s" not in log, "progress bars are for people who watch"
     assert threading.active_count() < 50

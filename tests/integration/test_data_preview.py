@@ -7,10 +7,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_latents import with_some
+from text_folders import save_t5
 from tiny_inputs import Tiny, call
 
+from data_tools.cli import main as sora_data
 from sora_lite.cli.compose import compose
 from sora_lite.cli.data_preview import one_of
+from sora_lite.data.index import Index
+from sora_lite.data.shards import Manifest
 from sora_lite.generation.export import load_vae
 from sora_lite.training.inputs import load_split, make_loader
 from sora_lite.training.objective_dit import DiTObjective
@@ -61,6 +66,41 @@ def test_ranks_and_passes_share_a_step(tiny: Tiny, capsys: pytest.CaptureFixture
         assert {one["pass"] for one in both} == {0, 1} and len(both) == len(line["samples"])
         by_position = sorted(both, key=lambda one: one["position"])
         assert [one | {"pass": 0} for one in by_position] == line["samples"]
+
+
+def test_what_was_made_beforehand_is_told_and_shown(
+    tiny: Tiny, latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Latents of some clips and features of some captions, in the places that training gives them."""
+    some, encoder = with_some(latents, tmp_path / "some", 20), save_t5(tmp_path / "t5")
+    words = [str(tiny.shards), str(tmp_path / "text"), f"text_from={encoder}", "max_tokens=16", "workers=0"]
+    assert sora_data(["encode", *words]) == 0
+    manifest, index = Manifest.load(tmp_path / "text"), Index.load(tmp_path / "text", "train", content="text")
+    manifest.removed_keys = [index.key(0)]
+    manifest.save(tmp_path / "text")
+    model = ["model.text=null", "model.text_features=16", "model.text_tokens=16"]
+    words = ["experiment=tiny", *model, f"data.shards={tiny.shards}", f"data.latents={some}", "run.seed=3"]
+    words += [f"data.text={tmp_path / 'text'}", f"vae_from={tiny.vae}"]
+    capsys.readouterr()
+    given = [*words, f"text_from={encoder}"]
+    assert call("data-preview", *given, "preview.format=jsonl", "preview.steps=5", "preview.world_size=2") == 0
+    told = [one for line in capsys.readouterr().out.splitlines() for one in json.loads(line)["samples"]]
+    made = Index.load(some, "train", content="latents")
+    kept = {made.key(i) for i in range(len(made))}
+    assert {one["key"] for one in told if one["latent"]} == kept & {one["key"] for one in told}
+    assert {one["key"] for one in told if not one["text"]} == {index.key(0)}
+    assert {one["latent"] for one in told} == {True, False}
+    whole = ["preview.clips=8", f"preview.out={tmp_path / 'page'}"]
+    assert call("data-preview", *given, *whole) == 0
+    shown = np.asarray(Image.open(tmp_path / "page/bucket_0.png"))
+    page = (tmp_path / "page/index.html").read_text()
+    assert page.count("<td>True</td>") >= 8 and "come as latents: 20 of 39" in capsys.readouterr().out
+    without = [word for word in given if not word.startswith("data.latents")]
+    assert call("data-preview", *without, *whole, f"preview.out={tmp_path / 'other'}") == 0
+    np.testing.assert_array_equal(shown, np.asarray(Image.open(tmp_path / "other/bucket_0.png")))
+    assert call("data-preview", *words) == 2 and "text_from: names what data.text must" in capsys.readouterr().err
+    assert call("data-preview", *[one for one in given if not one.startswith("vae_from")]) == 2
+    assert "vae_from: names what data.latents must have been made with" in capsys.readouterr().err
 
 
 def test_the_page_shows_every_bucket(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

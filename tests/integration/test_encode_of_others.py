@@ -8,15 +8,17 @@ import pytest
 import torch
 import webdataset
 from safetensors.numpy import load
+from test_loader import flip_byte
 from test_shards_of_others import sora_data, write_tar
 from text_folders import save_t5
 from tiny_inputs import Tiny, call
 
 from sora_lite.data import loader as loading
+from sora_lite.data.buckets import Row
 from sora_lite.data.compiled import open_index
 from sora_lite.data.index import Index
 from sora_lite.data.joined import Joined, LatentReader, Members, open_join
-from sora_lite.data.loader import ClipReader
+from sora_lite.data.loader import ClipLoader, ClipReader
 from sora_lite.data.remote import ReadCounts
 from sora_lite.data.shards import Manifest
 from sora_lite.errors import UserError
@@ -93,16 +95,29 @@ def test_stock_webdataset_reads_them_and_no_name_leads_out(written: Path, made: 
     assert sora_data("verify", made, "workers=0") == 0
 
 
-def test_a_flipped_byte_is_found(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    index = Index.load(made, "train", content="latents")
+def test_a_flipped_byte_is_found(written: Path, made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By a verification; and in training it costs one sample, which is counted for the shard of latents."""
+    index, clips = Index.load(made, "train", content="latents"), open_index([written], "train")
+    loader = ClipLoader(
+        clips, [Row(shape=SHAPE, keep=1.0, batch=8)], seed=1, block_shards=1, flip=False, rank=0, world_size=1,
+        accumulation=1, workers=0, cache_bytes=0, pin=False, latents=join(written, made),
+    )  # fmt: skip
+    whole = [batch for (batch,) in loader.steps(0, 2)]
     place = int(index.media_offset[0]) + 300
     path = index.shard_paths[0]
     content = path.read_bytes()
-    path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    flip_byte(path, place)
     assert sora_data("verify", made, "workers=0") == 2
+    found = [batch for (batch,) in loader.steps(0, 2)]
     path.write_bytes(content)
     shown = capsys.readouterr().out
     assert "SHA-256 differs" in shown and "wrong checksum" in shown
+    (bad,) = [one for batch in found for one in batch.bad]
+    assert bad.key == index.key(0) and bad.shard == path.name == "0000.train.tar" and "wrong checksum" in bad.reason
+    for step, (one, other) in enumerate(zip(found, whole, strict=True)):
+        kept = [i for i in range(8) if (step, i) != (bad.step, bad.position)]
+        assert [one.keys[i] for i in kept] == [other.keys[i] for i in kept]
+        assert one.mean is not None and other.mean is not None and one.mean[kept].equal(other.mean[kept])
 
 
 def test_training_from_them_decodes_nothing(
@@ -111,7 +126,7 @@ def test_training_from_them_decodes_nothing(
     words = ["train", "experiment=tiny", f"data.shards={written}", f"vae_from={tiny.vae}", f"run.root={tmp_path}"]
     words += ["run.validation_samples=2"]
     assert call(*words, "run.name=raw") == 0
-    monkeypatch.setattr(loading, "decode_clip", None)
+    monkeypatch.setattr(loading, "decode_planes", None)
     assert call(*words, "run.name=made", f"data.latents={made}") == 0
     raw, cached = (
         [one["loss"] for one in read_record(tmp_path / n / RECORD) if "loss" in one] for n in ("raw", "made")

@@ -19,11 +19,12 @@ from tiny_inputs import Tiny, call, make_vae
 from data_tools.cli import main as sora_data
 from sora_lite.cli.compose import compose
 from sora_lite.data import loader as loading
+from sora_lite.data.batch import ClipBatch
 from sora_lite.data.buckets import Row
 from sora_lite.data.compiled import open_index
 from sora_lite.data.index import Index
 from sora_lite.data.joined import Joined, LatentReader, open_join
-from sora_lite.data.loader import ClipBatch, ClipLoader, ClipReader
+from sora_lite.data.loader import ClipLoader, ClipReader
 from sora_lite.data.remote import ReadCounts
 from sora_lite.data.shards import MANIFEST, DamagedSample, Manifest, Sample, ShardWriter, clip_digits
 from sora_lite.errors import UserError
@@ -31,6 +32,7 @@ from sora_lite.evaluation.record import RECORD, read_record
 from sora_lite.generation.export import load_vae
 from sora_lite.generation.pipeline import to_float
 from sora_lite.models.pretrained import FrozenTextEncoder
+from sora_lite.training.inputs import make_rows
 from sora_lite.training.objective_dit import DiTObjective
 
 BUCKETS = "buckets=[{resolution: [32, 32], frames: 17}]"
@@ -55,9 +57,9 @@ def test_a_latent_is_what_encoding_on_the_fly_gives(tiny: Tiny, latents: Path, a
     vae, _ = load_vae(tiny.vae)
     for start in range(0, len(index), at_once):
         samples = range(start, min(start + at_once, len(index)))
-        frames = torch.from_numpy(np.stack([raw.read(sample, SHAPE).frames for sample in samples]))
+        frames = torch.from_numpy(np.stack([raw.read(sample, SHAPE).pixels for sample in samples]))
         with torch.no_grad():
-            posterior = vae.encode(to_float(frames.permute(0, 4, 1, 2, 3)))
+            posterior = vae.encode(to_float(frames))
         for sample, mean, logvar in zip(samples, posterior.mean, posterior.logvar, strict=True):
             clip = cached.read(sample, SHAPE)
             assert clip.latent is not None and clip.captions == raw.read(sample, SHAPE).captions
@@ -171,6 +173,31 @@ def test_a_vae_is_trained_on_video(capsys: pytest.CaptureFixture[str]) -> None:
     assert "data.latents: a VAE is trained on video" in capsys.readouterr().err
 
 
+def test_batches_of_the_model_alone_leave_the_encoder_out(
+    tiny: Tiny, latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And latents alone change no batch, since that would change the order."""
+    rows = "data.buckets=[{resolution: [32, 32], frames: 17}, {resolution: [32, 32], frames: 1}]"
+    words = ["experiment=tiny", f"data.shards={tiny.shards}", f"vae_from={tiny.vae}", rows, "data.batch_tokens=8192"]
+
+    def batches(*more: str) -> tuple[list[int], DiTObjective]:
+        config = compose("train", [*words, "data.divisor=1", *more])
+        objective = DiTObjective(config.model, config.diffusion, load_vae(tiny.vae)[0], seed=3, rank=ALONE)
+        return [row.batch for row in make_rows(config.data, objective)], objective
+
+    alone, objective = batches("data.batch_by=model_flops")
+    clips = 8192 / objective.tokens(17, 32, 32)
+    assert alone == [round(clips), round(clips * objective.flops(17, 32, 32) / objective.flops(1, 32, 32))]
+    both, _ = batches("data.batch_by=flops")
+    assert both == [round(clips), round(clips * objective.cost(17, 32, 32) / objective.cost(1, 32, 32))] != alone
+    assert both == batches("data.batch_by=flops", f"data.latents={latents}")[0]
+    for by in ("flops", "model_flops"):
+        more = [f"data.latents={latents}", f"data.batch_by={by}", "run.steps=1", f"run.root={tmp_path}"]
+        settings = [*words[:3], "data.buckets=[{resolution: [32, 32], frames: 17, batch: 8}]", *more, f"run.name={by}"]
+        assert call("train", *settings) == 0
+        assert ("model_flops leaves it out" in capsys.readouterr().out) == (by == "flops")
+
+
 # ------------------------------------------------------------------------------------------------ encoding
 
 KILLED = """
@@ -251,7 +278,7 @@ def test_training_from_latents_decodes_nothing_and_learns_the_same(
         raise AssertionError("a clip was decoded")
 
     with monkeypatch.context() as patch:
-        patch.setattr(loading, "decode_clip", decode)
+        patch.setattr(loading, "decode_planes", decode)
         assert call(*words, "run.name=cached", "run.sample_every=4", f"data.latents={latents}") == 0
     assert "come as latents: 39 of 39 samples in buckets" in capsys.readouterr().out
     raw, cached = (read_record(tmp_path / name / RECORD) for name in ("raw", "cached"))

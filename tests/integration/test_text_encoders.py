@@ -13,7 +13,7 @@ from tiny_inputs import Plain, Tiny, call
 
 from sora_lite.cli.compose import compose
 from sora_lite.config import TrainConfig
-from sora_lite.data.loader import ClipBatch
+from sora_lite.data.batch import ClipBatch
 from sora_lite.errors import UserError
 from sora_lite.evaluation.record import RECORD, read_record
 from sora_lite.generation.export import load_vae, read_contract
@@ -22,6 +22,7 @@ from sora_lite.models.conditions import Conditions
 from sora_lite.models.pretrained import FrozenTextEncoder
 from sora_lite.training.inputs import load_split, make_loader
 from sora_lite.training.objective_dit import DiTObjective
+from sora_lite.training.replicas import ReplicaCheck
 
 T5 = ["model.text=null", "model.text_features=16", "model.text_tokens=16"]
 CLIP = [*T5, "model.pooled_features=16"]
@@ -137,6 +138,18 @@ def test_text_is_read_and_dropped_as_the_empty_prompt(tiny: Tiny, folders: dict[
     assert not dropped.text[gone["text"]][:, 1:].any()
     assert dropped.text[~gone["text"]].equal(many.text[~gone["text"]])
     assert dropped.pooled[~gone["pooled"]].equal(many.pooled[~gone["pooled"]])
+
+
+def test_the_encoder_is_watched_like_all_that_is_frozen(tiny: Tiny, folders: dict[str, Path]) -> None:
+    """It is no part of what is trained, and a bit of it that changes in memory ends the run."""
+    objective = build(configured(tiny, "t5", folders))
+    trained = {parameter.data_ptr() for parameter in objective.module.parameters()}
+    assert not any(parameter.data_ptr() in trained for parameter in objective.encoder.parameters())
+    check = ReplicaCheck(ALONE, objective.frozen(), {}, {})
+    check.check({})
+    next(objective.encoder.parameters()).data.flatten()[3] += 1e-6
+    with pytest.raises(UserError, match="the frozen weights in memory changed"):
+        check.check({})
 
 
 @pytest.mark.parametrize("kind", KINDS)

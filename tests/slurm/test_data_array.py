@@ -11,6 +11,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from testbed import Cluster
+from text_folders import save_t5
+from tiny_inputs import Tiny
 
 from sora_lite.data.video import encode_mp4
 
@@ -75,6 +77,20 @@ def keys_of(stage: Path) -> list[str]:
 def test_an_array_makes_the_same_shards(cluster: Cluster, videos: Path, local: Path, tmp_path: Path) -> None:
     cluster.run(sora_data("run", videos, "shards", *SETTINGS, *ARRAY), cwd=tmp_path)
     assert content(tmp_path / "shards") == content(local)
+
+
+@pytest.mark.parametrize("what", ["latents", "text"])
+def test_an_array_encodes_the_same(cluster: Cluster, local: Path, tiny: Tiny, tmp_path: Path, what: str) -> None:
+    here, there, clips = tmp_path / "here", tmp_path / "there", local
+    words = [f"vae_from={tiny.vae}", "buckets=[{resolution: [32, 32], frames: 17}, {resolution: [32, 48], frames: 9}]"]
+    if what == "text":
+        clips, words = tiny.shards, [f"text_from={save_t5(tmp_path / 't5')}", "max_tokens=16"]
+    subprocess.run(sora_data("encode", clips, here, *words, "workers=2"), check=True, capture_output=True)
+    array = sora_data("encode", clips, there, *words, *ARRAY)
+    for _ in range(2):  # the second time nothing is left to do, and nothing is submitted
+        cluster.run(array, cwd=tmp_path)
+        assert content(there) == content(here) and len(list(there.glob("*.tar"))) >= 2
+        assert len(list(there.glob(".work/*/*/logs/*.log"))) == 2
 
 
 def test_a_lost_node_changes_no_byte(own_cluster: Cluster, videos: Path, local: Path, tmp_path: Path) -> None:

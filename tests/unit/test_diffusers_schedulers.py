@@ -122,6 +122,20 @@ def test_dpm_solver(kind: str, steps: int) -> None:
     torch.testing.assert_close(made, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("steps", [3, 12])
+def test_dpm_solver_on_rectified_flow_step_by_step(steps: int) -> None:
+    theirs = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    theirs.set_timesteps(steps)
+    times = theirs.sigmas.double().tolist()
+    grid = [*(Point(t, 1 - t, t) for t in times[:-1]), Point(None, 1.0, 0.0)]
+    denoise = Process().denoiser(lambda x, time: model(x, 1000 * float(time[0])))
+    x = start()
+    for number, t in enumerate(theirs.timesteps):
+        x = theirs.step(model(x, 1000 * times[number]), t, x).prev_sample
+        made = sample_dpmpp_2m(denoise, start(), grid[: number + 2], lambda step: start())
+        torch.testing.assert_close(made, x, rtol=1e-4, atol=1e-5)
+
+
 def test_flow_matching_euler() -> None:
     theirs = FlowMatchEulerDiscreteScheduler(shift=3.0)
     theirs.set_timesteps(sigmas=np.linspace(1, 1 / 12, 12))

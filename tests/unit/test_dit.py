@@ -186,6 +186,23 @@ def test_starts_as_zero_and_the_identity() -> None:
     assert torch.equal(model.blocks[0](x, condition, rope, (3, 2, 3), features, real[:, None, None]), x)
 
 
+def test_the_papers_initialisation() -> None:
+    """Uniform (Xavier) but for what the paper's code excepts; zeros where nothing is to start."""
+    torch.manual_seed(0)
+    model = VideoDiT(**{"channels": 4, "width": 192, "depth": 2, "heads": 3, "num_classes": 1000} | PAPER)
+    for name, parameter in model.named_parameters():
+        fan_out, fan_in = parameter.shape if parameter.ndim == 2 else (0, 0)
+        if "modulation" in name or name.startswith("final.out") or (name.endswith("bias") and name != "embed.bias"):
+            assert parameter.abs().max() == 0, name
+            continue
+        bound = 16**-0.5 if name == "embed.bias" else math.sqrt(6 / max(fan_in + fan_out, 1))
+        if name.startswith(("embed_label", "embed_time")):  # normal
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.02), name
+        else:
+            assert parameter.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1), name
+            assert 0.9 * bound < parameter.abs().max() <= bound, name
+
+
 @pytest.mark.parametrize("kind", ["ours", "factorised", "latte", "joint"])
 def test_one_model_trains_on_many_shapes(kind: str) -> None:
     """Clips of 1, 5, 17 and 33 frames (1, 2, 5 and 9 latent frames) at 4 aspect ratios, in turns."""

@@ -49,38 +49,54 @@ def straight(steps: int) -> list[Point]:
     return list(Process().grid(steps, 1.5))
 
 
+def between(first: float, last: float, steps: int) -> list[Point]:
+    """Even times of rectified flow; the last may be 0, data."""
+    times = torch.linspace(first, last, steps + 1, dtype=torch.float64).tolist()
+    return [Point(t, 1 - t, t) for t in times]
+
+
+def inside(steps: int) -> list[Point]:
+    return between(0.9, 0.1, steps)
+
+
+def from_noise(steps: int) -> list[Point]:
+    return between(1.0, 0.1, steps)
+
+
+def error_of(name: str, points: list[Point]) -> float:
+    """Largest distance from the exact flow, which carries quantile to quantile."""
+    u = torch.linspace(-2, 2, 41, dtype=torch.float64).view(-1, 1)
+    start, end = (
+        point.alpha * MEAN + math.hypot(point.alpha * STD, point.sigma) * u for point in (points[0], points[-1])
+    )
+    return (SAMPLERS[name].sample(gaussian, start, points, no_noise) - end).abs().max().item()
+
+
 @pytest.mark.parametrize(
     ("name", "order", "grid"),
     [
         *((name, 1, grid) for name in ("euler", "ddim") for grid in (straight, circle, even_ratios)),
         *(("heun", 2, grid) for grid in (straight, circle, even_ratios)),
-        ("dpmpp_2m", 2, even_ratios),
+        *(("dpmpp_2m", 2, grid) for grid in (even_ratios, inside, from_noise)),
     ],
 )
 def test_ode_sampler_converges_at_its_order(name: str, order: int, grid) -> None:
-    u = torch.linspace(-2, 2, 41, dtype=torch.float64).view(-1, 1)  # the flow carries quantile to quantile
-    errors = []
-    for steps in (80, 160, 320):
-        points = grid(steps)
-        start, end = (
-            point.alpha * MEAN + math.hypot(point.alpha * STD, point.sigma) * u for point in (points[0], points[-1])
-        )
-        made = SAMPLERS[name].sample(gaussian, start, points, no_noise)
-        errors.append((made - end).abs().max().item())
+    errors = [error_of(name, grid(steps)) for steps in (80, 160, 320)]
     for coarse, fine in pairwise(errors):
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)
 
 
+@pytest.mark.parametrize("first", [0.9, 1.0])
+def test_dpm_solvers_error_up_to_data(first: float) -> None:
+    """It falls as log n / n^2 with even times: near data log(alpha / sigma) steps by log 2, log 3/2, ... for any n."""
+    errors = {steps: error_of("dpmpp_2m", between(first, 0.0, steps)) for steps in (320, 640, 1280)}
+    scaled = [error * steps**2 / math.log(steps) for steps, error in errors.items()]
+    assert max(scaled) < 1.08 * min(scaled)
+
+
 @pytest.mark.parametrize("grid", [straight, circle])
-def test_dpm_solver_beats_euler_between_the_ends(grid) -> None:
-    """Its steps at the ends are of first order, since log(alpha / sigma) is infinite there."""
-    u = torch.linspace(-2, 2, 41, dtype=torch.float64).view(-1, 1)
-    errors = {}
-    for name in ("euler", "dpmpp_2m"):
-        points = grid(160)
-        start = points[0].alpha * MEAN + math.hypot(points[0].alpha * STD, points[0].sigma) * u
-        errors[name] = (SAMPLERS[name].sample(gaussian, start, points, no_noise) - (MEAN + STD * u)).abs().max()
-    assert errors["dpmpp_2m"] < errors["euler"] / 4
+def test_dpm_solver_beats_euler_up_to_data(grid) -> None:
+    assert error_of("dpmpp_2m", grid(160)) < error_of("euler", grid(160)) / 4
 
 
 def mixture_output(process: Process):

@@ -104,7 +104,7 @@ def to_theirs(entries: list[Entry], ours: Tensors) -> dict[str, Tensor]:
 
 def lora_to_theirs(entries: list[Entry], pairs: Mapping[str, Pair]) -> dict[str, Pair]:
     """Low-rank adapters of our linear layers as those of theirs, by layer, which add the same to the same numbers."""
-    found = {}
+    found: dict[str, Pair] = {}
     for entry in entries:
         layer = entry.ours.removesuffix(".weight")
         if layer not in pairs:

@@ -37,6 +37,15 @@ class Precision(Enum):
     bf16 = "bf16"
 
 
+class Offload(Enum):
+    """Where the fp32 master weights and Adam's moments lie and are updated."""
+
+    none = "none"
+    """On the device that trains."""
+    cpu = "cpu"
+    """In the host's memory, by DeepSpeed's CPUAdam."""
+
+
 class TimestepSampling(Enum):
     """Density from which training draws the time t in [0, 1]."""
 
@@ -424,6 +433,8 @@ class ParallelConfig:
     size. Needs a C++ compiler."""
     precision: Precision = Precision.fp32
     """bf16 needs ZeRO 1 to 3."""
+    offload: Offload = Offload.none
+    """Where the optimizer's state lies; cpu needs ZeRO 1 to 3, g++ and, at the first start, some minutes to compile."""
     threads: int | None = None
     """CPU threads per rank for torch; null leaves torch's own choice."""
 
@@ -1008,6 +1019,11 @@ def _check_run(config: BaseTrainConfig) -> None:
         parallel.precision is Precision.fp32 or parallel.zero_stage > 0,
         "parallel.zero_stage",
         "0 has no fp32 master weights under bf16; take parallel.zero_stage=1",
+    )
+    _require(
+        parallel.offload is Offload.none or parallel.zero_stage > 0,
+        "parallel.zero_stage",
+        "0 shards nothing that parallel.offload=cpu could take; take parallel.zero_stage=1, 2 or 3",
     )
 
 

@@ -71,7 +71,7 @@ def export(run: Path, out: Path | None, weights: str, init_from: str | None = No
         }
         if objective["lora"] is not None:
             contract["base"] = objective["lora"]["sha256"]
-            tensors = merge(out / "adapter", objective["lora"], tensors, init_from)
+            tensors = merge(out / exports.ADAPTER, objective["lora"], tensors, init_from)
     exports.write(out, exports.Contract(**contract), tensors)
     return out
 

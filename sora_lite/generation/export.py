@@ -26,6 +26,8 @@ from sora_lite.models.vae import CausalVAE
 
 FORMAT = 1
 _WEIGHTS, _CONTRACT, _VAE = "model.safetensors", "export.json", "vae"
+ADAPTER = "adapter"
+"""Folder of the adapters in an export that they are merged into; see `models.lora`."""
 
 
 @dataclass(kw_only=True, slots=True)

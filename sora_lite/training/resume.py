@@ -95,6 +95,7 @@ RULES: dict[str, tuple[Rule, str]] = {
     "parallel.activation_checkpointing": (_FREE, "only memory and speed"),
     "parallel.compile": (_FREE, "only speed, and the order of some sums"),
     "parallel.precision": (_KEPT, "rounds otherwise"),
+    "parallel.offload": (_FREE, "only memory and speed"),
     "parallel.threads": (_FREE, "only speed"),
     "logging": (_FREE, "only looks on"),
     "slurm": (_FREE, "where it runs; what a step holds does not depend on the number of ranks"),

@@ -67,7 +67,7 @@ def export(run: Path, out: Path | None, weights: str, init_from: str | None = No
             "architecture": objective["model"],
             "vae_fingerprint": objective["vae_fingerprint"],
             "diffusion": objective["diffusion"],
-            "text_encoder": objective["text_encoder"],
+            "text_encoders": objective["text_encoders"],
         }
         if objective["lora"] is not None:
             contract["base"] = objective["lora"]["sha256"]

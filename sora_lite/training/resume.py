@@ -101,6 +101,7 @@ RULES: dict[str, tuple[Rule, str]] = {
     "slurm": (_FREE, "where it runs; what a step holds does not depend on the number of ranks"),
     "vae_from": (_CONTENT, "compared by the VAE's fingerprint"),
     "text_from": (_CONTENT, "compared by the text encoder's fingerprint"),
+    "pooled_from": (_CONTENT, "compared by the text encoder's fingerprint"),
     "model": (_KEPT, "the weights in the checkpoint are for it"),
     "diffusion": (_KEPT, "what is trained"),
     "frames": (_KEPT, "what is trained"),

@@ -5,13 +5,14 @@ import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
-from benchmarks import balance, cuts, decoding, dit, loading, order, packing, reading, saving, step, tracking
+from benchmarks import balance, cuts, decoding, dit, latents, loading, order, packing, reading, saving, step, tracking
 
 TABLES = {
     "balance": balance.main,
     "cuts": cuts.main,
     "decoding": decoding.main,
     "dit": dit.main,
+    "latents": latents.main,
     "loading": loading.main,
     "order": order.main,
     "packing": packing.main,

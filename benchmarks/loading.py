@@ -1,5 +1,6 @@
 """Clips per CPU second through the whole loader, worker processes included: against the bare decoder at the same number
 of processes, and against stock webdataset with decord in torch's DataLoader. And what memory does over many samples.
+Pipelines are measured once they have got going, so neither their start nor memory that is touched first counts.
 
 All read the same shards and give the same frames. The bare decoder has the clips' bytes at hand and keeps nothing; the
 stock pipeline neither checks a checksum nor knows which sample comes in which step.
@@ -7,9 +8,9 @@ stock pipeline neither checks a checksum nor knows which sample comes in which s
 
 import io
 import multiprocessing
-import resource
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -27,46 +28,84 @@ from torch.utils.data import DataLoader
 from benchmarks.packing import footage
 from sora_lite.data.buckets import Row
 from sora_lite.data.index import Index
+from sora_lite.data.joined import Joined
 from sora_lite.data.loader import ClipLoader
 from sora_lite.data.shards import Manifest, Sample, ShardReader, ShardWriter
 from sora_lite.data.video import encode_mp4
 
 FPS, SIZE, FRAMES, STRIDE = 24, (256, 456), 17, 4
-BATCH, SHARDS, WORKERS, ROUNDS = 8, 4, 2, 3
-CLIPS = {1: 192, STRIDE: 64}
-"""By stride."""
+BATCH, SHARDS, WORKERS, ROUNDS, CLIPS = 8, 4, 2, 3, 64
+STARTING = 8
+"""Batches after which a pipeline has its processes and memory."""
+BATCHES = {1: 12, STRIDE: 6}
+"""That are measured then, by stride."""
 LONG_RUN, TINY = 20_000, (5, 64, 64)
 
 
-def write_set(folder: Path, media: list[bytes], shape: tuple[int, int, int], clips: int) -> Index:
-    """A data set of so many clips, which repeat `media`."""
+def write_shards(folder: Path, count: int, sample: Callable[[int], Sample], content: str = "clips") -> Index:
+    """A data set of so many samples."""
     folder.mkdir()
-    manifest = Manifest(config_hash="")
+    manifest = Manifest(config_hash="", content=content)
     for shard in range(SHARDS):
         with ShardWriter(folder / f"train-{shard:06d}.tar", split="train") as writer:
-            for clip in range(shard, clips, SHARDS):
-                frames, height, width = shape
-                meta = {"frames": frames, "height": height, "width": width, "fps": float(FPS)}
-                meta |= {"source": {"sha256": f"{clip:064x}"}, "captions": ["a texture that drifts"]}
-                writer.add(Sample(key=f"clip{clip:06d}", ext="mp4", media=media[clip % len(media)], meta=meta))
+            for number in range(shard, count, SHARDS):
+                writer.add(sample(number))
         manifest.shards.append(writer.entry)
     manifest.save(folder)
-    return Index.load(folder, "train")
+    return Index.load(folder, "train", content=content)
 
 
-def loader(index: Index, shape: tuple[int, int, int], fps: float | None, decoder: str, workers: int) -> ClipLoader:
+def write_clips(folder: Path, media: list[bytes], shape: tuple[int, int, int], count: int) -> Index:
+    """A data set of so many clips, which repeat `media`."""
+
+    def clip(number: int) -> Sample:
+        return Sample(key=f"clip{number:06d}", ext="mp4", media=media[number % len(media)], meta=facts(number, shape))
+
+    return write_shards(folder, count, clip)
+
+
+def facts(number: int, shape: tuple[int, int, int]) -> dict[str, Any]:
+    """The JSON of a clip."""
+    meta = {"frames": shape[0], "height": shape[1], "width": shape[2], "fps": float(FPS)}
+    return meta | {"source": {"sha256": f"{number:064x}"}, "captions": ["a texture that drifts"]}
+
+
+def loader(
+    index: Index,
+    shape: tuple[int, int, int],
+    fps: float | None,
+    decoder: str = "pyav",
+    workers: int = WORKERS,
+    latents: Joined | None = None,
+) -> ClipLoader:
     """Ours, as training makes it."""
     return ClipLoader(
         index, [Row(shape=shape, keep=1.0, batch=BATCH, fps=fps)],
         seed=0, block_shards=2, flip=False, rank=0, world_size=1, accumulation=1, workers=workers,
-        cache_bytes=0, pin=False, decoder=decoder,
+        cache_bytes=0, pin=False, decoder=decoder, latents=latents,
     )  # fmt: skip
 
 
-def run_ours(index: Index, stride: int, decoder: str) -> None:
-    """One pass."""
-    for _ in loader(index, (FRAMES, *SIZE), FPS / stride, decoder, WORKERS).steps(0, CLIPS[stride] // BATCH):
-        pass
+def cpu_seconds() -> float:
+    """Of this process and its children so far, to 10 ms."""
+    family = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    times = [one.cpu_times() for one in family]
+    return sum(one.user + one.system for one in times)
+
+
+def steady(batches: Iterator[Any], count: int) -> float:
+    """CPU seconds of so many batches of an endless iterator that has got going."""
+    for _ in range(STARTING):
+        next(batches)
+    start = cpu_seconds()
+    for _ in range(count):
+        next(batches)
+    return cpu_seconds() - start
+
+
+def run_ours(index: Index, stride: int, decoder: str) -> float:
+    """CPU seconds of `BATCHES`."""
+    return steady(loader(index, (FRAMES, *SIZE), FPS / stride, decoder).steps(0, 10**6), BATCHES[stride])
 
 
 def by_pyav(data: bytes, stride: int) -> np.ndarray:
@@ -85,67 +124,70 @@ def by_decord(data: bytes, stride: int) -> np.ndarray:
 BARE = {"pyav": by_pyav, "decord": by_decord}
 
 
-def run_bare(media: list[bytes], stride: int, decoder: str) -> None:
-    """The decoder alone, in as many processes."""
+def run_bare(media: list[bytes], stride: int, decoder: str) -> float:
+    """CPU seconds of the decoder alone for as many clips, in as many processes."""
 
-    def decode(part: list[bytes]) -> None:
-        for data in part:
-            BARE[decoder](data, stride)
+    def decode(one: int) -> None:
+        for number in range(one, BATCHES[stride] * BATCH, WORKERS):
+            BARE[decoder](media[number % len(media)], stride)
 
+    return in_processes(decode)
+
+
+def in_processes(work: Callable[[int], None]) -> float:
+    """CPU seconds of work(0), work(1), ..., each in a process of its own."""
     fork = multiprocessing.get_context("fork")
-    workers = [fork.Process(target=decode, args=(media[one::WORKERS],)) for one in range(WORKERS)]  # type: ignore[attr-defined]
+    seconds = fork.SimpleQueue()
+
+    def measured(one: int) -> None:
+        start = time.process_time()
+        work(one)
+        seconds.put(time.process_time() - start)
+
+    workers = [fork.Process(target=measured, args=(one,)) for one in range(WORKERS)]  # type: ignore[attr-defined]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
+    return sum(seconds.get() for _ in workers)
 
 
-def run_stock(paths: list[str], stride: int) -> None:
-    """One pass of what people write with webdataset."""
+def run_stock(paths: list[str], stride: int) -> float:
+    """CPU seconds of `BATCHES` of what people write with webdataset."""
 
     def prepare(row: dict[str, Any]) -> tuple[torch.Tensor, bytes]:
         return torch.from_numpy(by_decord(row["mp4"], stride)).permute(3, 0, 1, 2), row["json"]
 
-    dataset = webdataset.WebDataset(paths, shardshuffle=SHARDS).shuffle(32).map(prepare)
-    for _ in DataLoader(dataset.batched(BATCH), batch_size=None, num_workers=WORKERS):
-        pass
+    dataset = webdataset.WebDataset(paths, shardshuffle=SHARDS).shuffle(32).map(prepare).repeat()
+    return steady(iter(DataLoader(dataset.batched(BATCH), batch_size=None, num_workers=WORKERS)), BATCHES[stride])
 
 
-def cpu_seconds() -> float:
-    """Of this process and of all its children that have ended."""
-    both = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(usage.ru_utime + usage.ru_stime for usage in both)
-
-
-def take_turns(candidates: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """CPU seconds of one call with all its processes, median over rounds after a warm-up."""
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for turn in range(ROUNDS + 1):
+def take_turns(candidates: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
+    """The median of the CPU seconds that each says, one after the other in every round."""
+    seconds = {name: [] for name in candidates}
+    for _ in range(rounds):
         for name, call in candidates.items():
-            start = cpu_seconds()
-            call()
-            if turn > 0:
-                seconds[name].append(cpu_seconds() - start)
+            seconds[name].append(call())
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def compare(folder: Path, stride: int, frames: Iterator[np.ndarray]) -> None:
+def compare(folder: Path, stride: int, frames: Iterator[np.ndarray], rounds: int) -> None:
     """The table for 17 frames out of clips that are just so long."""
     length = (FRAMES - 1) * stride + 1
     media = [encode_mp4([next(frames) for _ in range(length)], FPS, 20) for _ in range(4)]
-    index = write_set(folder / f"stride{stride}", media, (length, *SIZE), CLIPS[stride])
+    index = write_clips(folder / f"stride{stride}", media, (length, *SIZE), CLIPS)
     paths = [str(path) for path in index.shard_paths]
     with ShardReader(index.shard_paths[0]) as shard:
         assert shard.read(int(index.media_offset[0]), int(index.media_size[0]), int(index.crc32c[0])) == media[0]
-    together = [media[clip % len(media)] for clip in range(CLIPS[stride])]
     seconds = take_turns(
         {
-            "PyAV alone": lambda: run_bare(together, stride, "pyav"),
+            "PyAV alone": lambda: run_bare(media, stride, "pyav"),
             "sora_lite, decoder=pyav": lambda: run_ours(index, stride, "pyav"),
-            "decord alone": lambda: run_bare(together, stride, "decord"),
+            "decord alone": lambda: run_bare(media, stride, "decord"),
             "sora_lite, decoder=decord": lambda: run_ours(index, stride, "decord"),
             "webdataset, decord, DataLoader": lambda: run_stock(paths, stride),
-        }
+        },
+        rounds,
     )
     alone = [seconds["PyAV alone"], seconds["decord alone"]]
     stock = seconds["webdataset, decord, DataLoader"]
@@ -153,17 +195,17 @@ def compare(folder: Path, stride: int, frames: Iterator[np.ndarray]) -> None:
     print(f"  {'':<34}{'clips/s':>9}{'of bare':>10}{'of stock':>10}")
     for name, value in seconds.items():
         bare = alone["decord" in name] / value
-        print(f"  {name:<34}{CLIPS[stride] / value:>9.1f}{bare:>9.2f}x{stock / value:>9.2f}x")
+        print(f"  {name:<34}{BATCHES[stride] * BATCH / value:>9.1f}{bare:>9.2f}x{stock / value:>9.2f}x")
 
 
 def watch_memory(folder: Path, samples: int) -> None:
     """Resident memory of this process and its workers while many small clips go by."""
     rng = np.random.default_rng(0)
     media = [encode_mp4(list(rng.integers(0, 256, (TINY[0], *TINY[1:], 3), np.uint8)), FPS, 30) for _ in range(8)]
-    index = write_set(folder / "tiny", media, TINY, 4000)
+    index = write_clips(folder / "tiny", media, TINY, 4000)
     steps, seen, resident = samples // BATCH, [], []
     process = psutil.Process()
-    for step, _ in enumerate(loader(index, TINY, None, "pyav", WORKERS).steps(0, steps)):
+    for step, _ in enumerate(loader(index, TINY, None).steps(0, steps)):
         if step % (steps // 40) == 0:
             family = [process, *process.children()]
             seen.append(step * BATCH)
@@ -175,10 +217,10 @@ def watch_memory(folder: Path, samples: int) -> None:
     print(f"  {'slope':<34}{slope:>9.1f} KiB per 1,000 samples")
 
 
-def main(samples: int = LONG_RUN) -> None:
+def main(*, samples: int = LONG_RUN, rounds: int = ROUNDS) -> None:
     """Print the tables."""
     small = (np.asarray(Image.fromarray(frame).resize(SIZE[::-1], Image.Resampling.BICUBIC)) for frame in footage(400))
     with tempfile.TemporaryDirectory() as folder:
         for stride in (1, STRIDE):
-            compare(Path(folder), stride, small)
+            compare(Path(folder), stride, small, rounds)
         watch_memory(Path(folder), samples)

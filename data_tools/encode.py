@@ -46,7 +46,8 @@ from sora_lite.errors import UserError
 if TYPE_CHECKING:  # torch takes seconds to import, and other verbs do without it
     import torch
 
-    from sora_lite.data.loader import Clip, ClipReader
+    from sora_lite.data.batch import Clip
+    from sora_lite.data.loader import ClipReader
     from sora_lite.models.pretrained import FrozenTextEncoder
     from sora_lite.models.vae import CausalVAE
 
@@ -293,7 +294,7 @@ def _latents(reader: "ClipReader", task: Task, damaged: list[str]) -> Iterator[S
                     damaged.append(f"{index.key(sample)}: {error}")
             if not good:
                 continue
-            video = torch.from_numpy(np.stack([clip.frames for _, clip, _ in good])).permute(0, 4, 1, 2, 3)
+            video = torch.from_numpy(np.stack([clip.pixels for _, clip, _ in good if clip.pixels is not None]))
             with torch.no_grad(), _one_thread(device):
                 posterior = vae.encode(to_float(video.to(device)))
             mean, logvar = posterior.mean.float().cpu().numpy(), posterior.logvar.float().cpu().numpy()

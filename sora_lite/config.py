@@ -870,7 +870,7 @@ class DemoConfig:
     """`sora-lite demo`: the whole way on moving handwritten digits, from rendering to evaluation."""
 
     experiment: str = "demo"
-    """`demo` (minutes) or `moving_digits` (up to an hour)."""
+    """`demo` (minutes), `moving_digits` or, with given frames, `moving_digits_frames` (up to an hour)."""
     root: str = "runs"
     """Folder for everything that it makes."""
     clips: int = 5000

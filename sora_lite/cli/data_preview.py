@@ -15,8 +15,9 @@ import torch
 
 from sora_lite.cli.train import check_buckets, describe
 from sora_lite.config import DataPreviewConfig, PreviewFormat, VAEConfig
+from sora_lite.data.batch import ClipBatch
 from sora_lite.data.index import Index
-from sora_lite.data.loader import ClipBatch, ClipLoader, ClipReader
+from sora_lite.data.loader import ClipLoader, ClipReader
 from sora_lite.data.shards import DamagedSample
 from sora_lite.data.video import BadVideo
 from sora_lite.errors import UserError

@@ -6,6 +6,7 @@ P pooled features.
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from sora_lite.errors import UserError
 
 WORDS = tuple(f"{what}_{part}" for what in ("text", "json") for part in ("offset", "size", "crc32c"))
 """Columns of an index that say where a sample's captions lie."""
+_LAYOUTS = 1000
+"""Most layouts that are remembered."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -80,6 +83,8 @@ class Members:
 
     def __init__(self, index: Index) -> None:
         self.index, self.shards = index, OpenShards(index)
+        self._layouts: dict[tuple[bytes, int], Layout] = {}
+        """Of the safetensors seen, by header and size: encoded samples of one size have equal ones."""
 
     def media(self, sample: int) -> bytes:
         """The clip, still, latent or text. Raises DamagedSample unless it is as the index says."""
@@ -101,11 +106,33 @@ class Members:
         return self.shards[int(index.shard[sample])].read_json(*place)
 
     def tensors(self, sample: int) -> dict[str, np.ndarray]:
-        """The tensors of a latent or text. Raises DamagedSample unless it is safetensors."""
+        """The tensors of a latent or text, not to be written to. Raises DamagedSample unless it is safetensors."""
+        content = self.media(sample)
+        header = content[: 8 + int.from_bytes(content[:8], "little")]
         try:
-            return load(self.media(sample))
+            if (header, len(content)) not in self._layouts:
+                if len(self._layouts) == _LAYOUTS:
+                    self._layouts.clear()
+                self._layouts[header, len(content)] = _layout(header, content)
         except (SafetensorError, KeyError) as error:
             raise DamagedSample(f"{self.index.key(sample)}: is no safetensors ({error})") from None
+        return {
+            name: np.frombuffer(content, dtype, math.prod(shape), start).reshape(shape)
+            for name, (dtype, shape, start) in self._layouts[header, len(content)].items()
+        }
+
+
+Layout = dict[str, tuple[np.dtype, tuple[int, ...], int]]
+"""The type, shape and first byte of each tensor of a safetensors file, by name."""
+
+
+def _layout(header: bytes, content: bytes) -> Layout:
+    """Layout of a safetensors file. Raises SafetensorError or KeyError as the library, which judges it, does."""
+    tensors, described = load(content), json.loads(header[8:])
+    return {
+        name: (tensor.dtype, tensor.shape, len(header) + described[name]["data_offsets"][0])
+        for name, tensor in tensors.items()
+    }
 
 
 @dataclass(kw_only=True, slots=True)

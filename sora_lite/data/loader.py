@@ -3,7 +3,7 @@
 A worker is given (step, pass) pairs and returns whole micro-batches, so what a batch holds depends on neither the
 number of workers nor which one made it.
 
-Shapes: B samples of a rank's micro-batch, T frames, H W pixels.
+Shapes: T frames, H W pixels.
 """
 
 import itertools
@@ -11,172 +11,26 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from sora_lite.data.batch import Allocate, BadSample, Clip, ClipBatch, Places, View
 from sora_lite.data.buckets import Row, spare_frames
 from sora_lite.data.compiled import open_buckets
 from sora_lite.data.index import Index
-from sora_lite.data.joined import (
-    CaptionFeatures,
-    CaptionReader,
-    Joined,
-    Latent,
-    LatentReader,
-    Members,
-    stack_features,
-)
+from sora_lite.data.joined import CaptionReader, Joined, LatentReader, Members
 from sora_lite.data.order import MicroStep, Order, check_parts, hash_seed, rank_positions
 from sora_lite.data.prefetch import Prefetcher
-from sora_lite.data.remote import ReadCounts
 from sora_lite.data.shard_cache import RemoteShard, default_cache
 from sora_lite.data.shards import DamagedSample
 from sora_lite.data.transforms import cover_box, mirror, resize_crop
-from sora_lite.data.video import BadVideo, decode_clip
+from sora_lite.data.video import BadVideo, decode_planes
 from sora_lite.data.workers import Workers
 from sora_lite.errors import UserError
 
 MAX_REPLACEMENTS = 16
-
-
-@dataclass(kw_only=True, slots=True, frozen=True)
-class BadSample:
-    """A sample that could not be read, and why; where in the order it was, and the key of what replaced it there."""
-
-    key: str
-    shard: str
-    reason: str
-    step: int
-    position: int
-    replaced_by: str
-
-
-@dataclass(kw_only=True, slots=True, frozen=True)
-class View:
-    """What of a sample a clip shows.
-
-    start: its own frame that the clip begins with. crop: left, top, right, bottom in pixels of its own frames.
-    flip: mirrored left to right.
-    """
-
-    start: int
-    crop: tuple[float, float, float, float]
-    flip: bool
-
-
-@dataclass(kw_only=True, slots=True)
-class ClipBatch:
-    """One rank's micro-batch of B samples: V that were decoded, and B - V that come as latents.
-
-    video: uint8 V 3 T H W in [0, 255]. mean, logvar: float32 B-V C t h w, unnormalised posteriors; None where V is B.
-    is_latent: bool B, which of the samples are not in `video`. keys: of the samples. captions: one per sample, "" for
-    none. labels: int64 B, -1 for none. positions: int64 B, places in the global step's batch. step: the global step.
-    views: one per sample. samples: int64 B, their numbers in the index. bucket: number of the bucket. bad: samples
-    replaced. seconds: that making the batch took its worker. reads: what it read meanwhile.
-
-    Of captions whose features were made beforehand (all None where there are none): text: float32 B M C, zero at
-    padding. text_mask: bool B M, True where a token is real; a row without one has no features yet. pooled: float32
-    B P, of encoders that pool.
-    """
-
-    video: Tensor
-    mean: Tensor | None = None
-    logvar: Tensor | None = None
-    is_latent: Tensor
-    keys: list[str]
-    captions: list[str]
-    labels: Tensor
-    positions: Tensor
-    step: int
-    views: list[View]
-    samples: Tensor
-    bucket: int
-    bad: list[BadSample] = field(default_factory=list)
-    seconds: float = 0.0
-    reads: ReadCounts = field(default_factory=ReadCounts)
-    text: Tensor | None = None
-    text_mask: Tensor | None = None
-    pooled: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        b = len(self.keys)
-        latents = int(self.is_latent.sum())
-        if self.video.dtype != torch.uint8 or self.video.ndim != 5 or self.video.shape[:2] != (b - latents, 3):
-            raise ValueError(f"video is {self.video.dtype} {tuple(self.video.shape)}, not uint8 {b - latents} 3 T H W")
-        for posterior in (self.mean, self.logvar):
-            if (0 if posterior is None else len(posterior)) != latents:
-                raise ValueError(f"there are {latents} latents by is_latent, and another number of means or logvars")
-        columns = (self.captions, self.labels, self.positions, self.views, self.samples, self.is_latent)
-        made = [one for one in (self.text, self.text_mask, self.pooled) if one is not None]
-        if any(len(column) != b for column in columns) or any(len(one) != b for one in made):
-            raise ValueError(
-                "captions, text, labels, positions, views, samples or is_latent differ in number from keys"
-            )
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(T, H, W) of the clips."""
-        return self.video.shape[2], self.video.shape[3], self.video.shape[4]
-
-    def pin_memory(self) -> "ClipBatch":
-        """The same in memory that a device copies from."""
-        heavy = {name: getattr(self, name) for name in ("video", "mean", "logvar", "text", "text_mask", "pooled")}
-        return replace(self, **{name: one.pin_memory() for name, one in heavy.items() if one is not None})
-
-
-@dataclass(kw_only=True, slots=True, frozen=True)
-class Clip:
-    """A sample, decoded or as a latent, the part of its own frames that is (`View.crop`), and what is known of it.
-
-    pixels: uint8 T H W 3, None of a latent. text: of its captions, where it was made beforehand. label: -1 for none.
-    """
-
-    pixels: np.ndarray | None = None
-    latent: Latent | None = None
-    crop: tuple[float, float, float, float]
-    captions: list[str]
-    text: CaptionFeatures | None = None
-    label: int
-
-    def __post_init__(self) -> None:
-        if (self.pixels is None) == (self.latent is None):
-            raise ValueError("a clip has either pixels or a latent")
-
-    @property
-    def frames(self) -> np.ndarray:
-        """uint8 T H W 3, of a clip that was decoded."""
-        if self.pixels is None:
-            raise ValueError("a latent has no frames")
-        return self.pixels
-
-    def said(self, number: int) -> str:
-        """A caption; "" where there is none."""
-        return self.captions[number % len(self.captions)] if self.captions else ""
-
-
-def collate(clips: Sequence[Clip], shape: tuple[int, int, int], *, said: Sequence[int], **rest: Any) -> ClipBatch:
-    """Clips of one (T, H, W) as a batch, with the fields of `ClipBatch` that the clips do not say.
-
-    said: which of a clip's captions counts, as any number, of which the remainder is taken.
-    """
-    text = [clip.text and clip.text.caption(number % len(clip.text)) for clip, number in zip(clips, said, strict=True)]
-    rest |= {name: torch.from_numpy(array) for name, array in stack_features(text).items()}
-    frames = [clip.pixels for clip in clips if clip.pixels is not None]
-    latents = [clip.latent for clip in clips if clip.latent is not None]
-    video = np.stack(frames) if frames else np.empty((0, *shape, 3), np.uint8)
-    return ClipBatch(
-        video=torch.from_numpy(video).permute(0, 4, 1, 2, 3),
-        mean=torch.from_numpy(np.stack([latent.mean for latent in latents])) if latents else None,
-        logvar=torch.from_numpy(np.stack([latent.logvar for latent in latents])) if latents else None,
-        is_latent=torch.tensor([clip.latent is not None for clip in clips]),
-        labels=torch.tensor([clip.label for clip in clips]),
-        captions=[clip.said(number) for clip, number in zip(clips, said, strict=True)],
-        **rest,
-    )
 
 
 class ClipReader:
@@ -209,60 +63,84 @@ class ClipReader:
         """Largest `start` at which the sample still has so many frames at a rate."""
         return spare_frames(int(self.index.frames[sample]), float(self.index.fps[sample]), fps, frames)
 
-    def read(self, sample: int, shape: tuple[int, int, int], fps: float | None = None, start: int = 0) -> Clip:
+    def read(
+        self,
+        sample: int,
+        shape: tuple[int, int, int],
+        fps: float | None = None,
+        start: int = 0,
+        *,
+        places: Places | None = None,
+        flip: bool = False,
+    ) -> Clip:
         """Sample number `sample` at (T, H, W) and a rate (None: its own): its latent, or decoded from frame `start` on.
 
+        places: where it is written to; memory of its own by default. flip: mirrored left to right, unless a latent.
         Raises:
             DamagedSample, BadVideo: its bytes are not what the index says, or do not decode.
             UserError: the features of its captions are of others.
         """
-        clip = self._seen(sample, shape, fps, start)
+        clip = self._seen(sample, shape, fps, start, places or Places(1, shape), flip)
         if self._text is None or (row := self._text.find(sample)) is None:
             return clip
         return replace(clip, text=self._text.read(row, clip.captions))
 
-    def _seen(self, sample: int, shape: tuple[int, int, int], fps: float | None, start: int) -> Clip:
+    def _seen(
+        self, sample: int, shape: tuple[int, int, int], fps: float | None, start: int, places: Places, flip: bool
+    ) -> Clip:
         """The sample without its text."""
-        label = int(self.index.label[sample])
+        index, label = self.index, int(self.index.label[sample])
         if (found := self._latent(sample, shape, fps)) is not None:
             latents, row = found
             latent, captions = latents.read(row)
-            shown = int(self.index.height[sample]), int(self.index.width[sample])
-            return Clip(latent=latent, crop=self._crop(sample, shape, shown), captions=captions, label=label)
+            crop = self._crop(sample, shape, (int(index.height[sample]), int(index.width[sample])))
+            return Clip(latent=places.latent(latent), crop=crop, captions=captions, label=label)
+        pixels = places.video()
+        out = mirror(pixels) if flip else pixels
         key = (sample, shape, fps, start)
-        if key in self._cache:
+        if (cached := self._cache.get(key)) is not None:
             self._cache.move_to_end(key)
-            return self._cache[key]
-        index, captions = self.index, self.captions(sample)
-        media = self._members.media(sample)
-        decoded = decode_clip(
-            media,
-            frames=shape[0],
+            assert cached.pixels is not None
+            out[:] = cached.pixels
+            return replace(cached, pixels=pixels)
+        captions = self.captions(sample)
+        crop = self._decode(sample, fps, start, out)
+        clip = Clip(pixels=pixels, crop=crop, captions=captions, label=label)
+        if pixels.nbytes <= self._cache_bytes:
+            self._remember(key, replace(clip, pixels=out.copy()))
+        return clip
+
+    def _decode(self, sample: int, fps: float | None, start: int, out: np.ndarray) -> tuple[float, float, float, float]:
+        """Write a sample's frames to uint8 3 T H W -> the part of them that is shown."""
+        frames = decode_planes(
+            self._members.media(sample),
+            frames=out.shape[1],
             fps=fps,
-            own_fps=float(index.fps[sample]),
+            own_fps=float(self.index.fps[sample]),
             start_frame_offset=start,
             decoder=self._decoder,
         )
-        box = self._crop(sample, shape, (decoded.shape[1], decoded.shape[2]))
-        frames = resize_crop(decoded, shape[1:], box)
-        clip = Clip(pixels=frames, crop=box, captions=captions, label=label)
-        if frames.nbytes <= self._cache_bytes:
-            self._cache[key] = clip
-            self._cached += frames.nbytes
-            while self._cached > self._cache_bytes:
-                _, oldest = self._cache.popitem(last=False)
-                self._cached -= oldest.frames.nbytes
-        return clip
+        crop = (0.0, 0.0, 0.0, 0.0)
+        for number, planes in enumerate(frames):
+            if number == 0:
+                crop = self._crop(sample, out.shape[1:], planes[0].shape)
+            resize_crop(planes, out[:, number], crop)
+        return crop
 
-    def _crop(
-        self, sample: int, shape: tuple[int, int, int], stored: tuple[int, int]
-    ) -> tuple[float, float, float, float]:
+    def _remember(self, key: tuple[int, tuple[int, int, int], float | None, int], clip: Clip) -> None:
+        self._cache[key] = clip
+        self._cached += clip.frames.nbytes
+        while self._cached > self._cache_bytes:
+            _, oldest = self._cache.popitem(last=False)
+            self._cached -= oldest.frames.nbytes
+
+    def _crop(self, sample: int, shape: tuple[int, ...], stored: tuple[int, ...]) -> tuple[float, float, float, float]:
         """The centred part of decoded frames of a size (height, width) that a clip shows.
 
         It has the clip's aspect ratio as people see the sample, whose pixels need not be square.
         """
         shown = int(self.index.height[sample]), int(self.index.width[sample])
-        left, top, right, bottom = cover_box(shown, shape[1:])
+        left, top, right, bottom = cover_box(shown, (shape[1], shape[2]))
         tall, wide = stored[0] / shown[0], stored[1] / shown[1]
         return left * wide, top * tall, right * wide, bottom * tall
 
@@ -312,9 +190,9 @@ class _MicroBatches:
         self.reader, self.order, self.seed, self.flip = reader, order, seed, flip
         self.rank, self.world_size, self.accumulation = parts
 
-    def __call__(self, item: tuple[int, int]) -> ClipBatch:
+    def __call__(self, item: tuple[int, int], allocate: Allocate) -> ClipBatch:
         start = time.perf_counter()
-        batch = self._batch(*item)
+        batch = self._batch(*item, allocate)
         return replace(batch, seconds=time.perf_counter() - start, reads=self.reader.shards.counts.take())
 
     def remote_shards(self, step: int) -> list[RemoteShard]:
@@ -330,26 +208,24 @@ class _MicroBatches:
         shards = (self.reader.remote_shards(sample, micro.shape, fps) for sample in samples)
         return list(dict.fromkeys(itertools.chain.from_iterable(shards)))
 
-    def _batch(self, step: int, one_pass: int) -> ClipBatch:
+    def _batch(self, step: int, one_pass: int, allocate: Allocate) -> ClipBatch:
         (micro,) = self.order.step(step)
         positions = rank_positions(
             len(micro.samples), rank=self.rank, world_size=self.world_size, accumulation=self.accumulation
         )[one_pass]
+        places = Places(len(positions), micro.shape, allocate)
         bad: list[BadSample] = []
-        clips, samples, views, keys, said = [], [], [], [], []
-        for position in positions:
-            sample, start, clip = self._read(micro, step, int(position), bad)
-            flip = self.flip and clip.latent is None and hash_seed(self.seed, step, position, "flip") % 2 == 1
-            clips.append(replace(clip, pixels=mirror(clip.frames)) if flip else clip)
+        samples, views, keys = [], [], []
+        for position in positions.tolist():
+            flip = self.flip and hash_seed(self.seed, step, position, "flip") % 2 == 1
+            sample, start, clip = self._read(micro, step, position, flip, places, bad)
+            places.keep(clip, said=hash_seed(self.seed, step, position, "caption"))
             samples.append(sample)
-            views.append(View(start=0 if clip.latent is not None else start, crop=clip.crop, flip=flip))
+            decoded = clip.latent is None
+            views.append(View(start=start if decoded else 0, crop=clip.crop, flip=flip and decoded))
             keys.append(self.reader.index.key(sample))
-            said.append(hash_seed(self.seed, step, position, "caption"))
-        return collate(
-            clips,
-            micro.shape,
+        return places.batch(
             keys=keys,
-            said=said,
             positions=torch.from_numpy(positions),
             step=step,
             views=views,
@@ -358,7 +234,9 @@ class _MicroBatches:
             bad=bad,
         )
 
-    def _read(self, micro: MicroStep, step: int, position: int, bad: list[BadSample]) -> tuple[int, int, Clip]:
+    def _read(
+        self, micro: MicroStep, step: int, position: int, flip: bool, places: Places, bad: list[BadSample]
+    ) -> tuple[int, int, Clip]:
         """(sample, its own frame that the clip begins with, clip) at a position, or a stand-in where it is damaged."""
         index, first, fps = self.reader.index, int(micro.samples[position]), self.order.buckets[micro.bucket].fps
         sample, damaged = first, []
@@ -366,7 +244,7 @@ class _MicroBatches:
             try:
                 spare = self.reader.spare(sample, micro.shape[0], fps)
                 start = hash_seed(self.seed, step, position, "start") % (spare + 1)
-                clip = self.reader.read(sample, micro.shape, fps, start)
+                clip = self.reader.read(sample, micro.shape, fps, start, places=places, flip=flip)
             except (DamagedSample, BadVideo) as error:
                 damaged.append((sample, str(error)))
                 sample = self.order.replacement(micro.bucket, first, step, position, attempt)
@@ -471,6 +349,10 @@ class ClipLoader:
     def begin_order(self, step: int) -> None:
         """Let the order begin at a global step, before anything is read: data or shares have changed there."""
         self.order = self._dataset.order = self.order.beginning_at(step)
+
+    def ready(self) -> bool:
+        """Whether the next of `steps` need not be waited for, as far as the workers have shown."""
+        return self.workers.ready(self.accumulation)
 
     def steps(self, start: int, stop: int) -> Iterator[list[ClipBatch]]:
         """Batches of the steps start, ..., stop - 1; each is a list with one micro-batch per accumulation pass."""

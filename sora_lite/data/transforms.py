@@ -1,7 +1,9 @@
-"""From a decoded clip to the clip that a model sees. NumPy in, NumPy out.
+"""From decoded pictures to those that a model sees. NumPy in, NumPy out.
 
-Shapes: T frames, H height, W width; clips are uint8 (T, H, W, 3).
+Shapes: H height, W width.
 """
+
+from collections.abc import Iterable
 
 import numpy as np
 from PIL import Image
@@ -17,22 +19,24 @@ def cover_box(size: tuple[int, int], target: tuple[int, int]) -> tuple[float, fl
 
 
 def resize_crop(
-    clip: np.ndarray, target: tuple[int, int], box: tuple[float, float, float, float] | None = None
-) -> np.ndarray:
-    """Crop to a box (left, top, right, bottom in pixels) and scale (antialiased bicubic) to (height, width).
+    planes: Iterable[np.ndarray], out: np.ndarray, box: tuple[float, float, float, float] | None = None
+) -> None:
+    """Crop the planes of a picture (uint8 H W each) to a box (left, top, right, bottom in pixels) and scale them
+    (antialiased bicubic) to those of `out` (uint8, planes x height x width).
 
     box: by default the largest centred one of the target's aspect ratio.
     """
-    height, width = clip.shape[1:3]
-    if box is None:
-        box = cover_box((height, width), target)
-    if (height, width) == target and list(box) == [0, 0, width, height]:
-        return clip
-    size = (target[1], target[0])
-    frames = [Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC, box=box) for frame in clip]
-    return np.stack([np.asarray(frame) for frame in frames])
+    target = out.shape[1], out.shape[2]
+    for plane, place in zip(planes, out, strict=True):
+        height, width = plane.shape
+        shown = box or cover_box((height, width), target)
+        if (height, width) == target and list(shown) == [0, 0, width, height]:
+            place[:] = plane
+        else:
+            image = Image.fromarray(np.ascontiguousarray(plane))
+            place[:] = np.asarray(image.resize(target[::-1], Image.Resampling.BICUBIC, box=shown))
 
 
 def mirror(clip: np.ndarray) -> np.ndarray:
-    """Left to right."""
-    return clip[:, :, ::-1]
+    """(..., W), left to right: a view."""
+    return clip[..., ::-1]

@@ -20,7 +20,7 @@ from fractions import Fraction
 from itertools import chain, islice
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, NamedTuple, Self
+from typing import Any, BinaryIO, NamedTuple, Self
 
 import av
 import av.subtitles.stream  # PyAV would load it with the first file, for which there may be no memory left
@@ -77,6 +77,8 @@ _BUFFER = 256 * 1024
 _HELD = 64 * 2**20
 """Most bytes of packets that are kept on the way to the last keyframe before a time."""
 
+Planes = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""A frame's red, green and blue, each uint8 (H, W)."""
 Source = Path | bytes | BinaryIO
 """A file's path or content, or a binary file that is open for reading and can seek; its place in it does not matter."""
 
@@ -279,7 +281,17 @@ def read_frames(
                     yield time, to_rgb(frame)
 
 
-def decode_clip(
+def decode_clip(data: bytes, *, frames: int, **wanted: Any) -> np.ndarray:
+    """All that `decode_planes` yields, as one array -> uint8 (frames, H, W, 3)."""
+    found = list(decode_planes(data, frames=frames, **wanted))
+    clip = np.empty((frames, 3, *found[0][0].shape), np.uint8)
+    for picture, planes in zip(clip, found, strict=True):
+        for place, plane in zip(picture, planes, strict=True):
+            place[:] = plane
+    return clip.transpose(0, 2, 3, 1)
+
+
+def decode_planes(
     data: bytes,
     *,
     frames: int,
@@ -287,8 +299,8 @@ def decode_clip(
     start_frame_offset: int = 0,
     own_fps: float | None = None,
     decoder: str = "pyav",
-) -> np.ndarray:
-    """Decode some frames of a clip -> uint8 (frames, H, W, 3).
+) -> Iterator[Planes]:
+    """Decode some frames of a clip, and yield each as its red, green and blue.
 
     Output frame i is the last frame with pts <= start + i / fps, where start is the pts of the clip's frame number
     `start_frame_offset`. fps None takes every frame. A still image is a clip of one frame.
@@ -302,26 +314,39 @@ def decode_clip(
     if container in STILLS:
         if frames != 1 or start_frame_offset != 0:
             raise BadVideo(f"a still image has no frames {start_frame_offset} to {start_frame_offset + frames - 1}")
-        return _read_still(io.BytesIO(data), Limits())[None]
+        yield _planes_of(_read_still(io.BytesIO(data), Limits()))
+        return
     own = container == "mov" and _is_own(data)
     if decoder == "decord" and own and _decord_agrees(data):
-        return _decode_by_decord(data, frames, fps, start_frame_offset)
+        yield from map(_planes_of, _decode_by_decord(data, frames, fps, start_frame_offset))
+        return
     with _Reader(io.BytesIO(data), container, own=own) as reader:
-        picked: Iterator[VideoFrame]
-        if fps is None:
-            picked = (frame for _, frame in islice(_from_number(reader, start_frame_offset), frames))
-        else:
-            ticks = 1 / (rational(fps) * reader.time_base)
-            if own or own_fps is None or start_frame_offset == 0:
-                picked = _at_rate(_from_number(reader, start_frame_offset), frames, ticks)
-            else:
-                start = _first_time(reader) + start_frame_offset / (rational(own_fps) * reader.time_base)
-                picked = _at_rate(reader.frames_from(math.floor(start)), frames, ticks, start)
-        to_rgb = _RGB()
-        clip = [to_rgb(frame) for frame in picked]
-    if len(clip) < frames:
-        raise _too_short(len(clip), frames, start_frame_offset, fps)
-    return np.stack(clip)
+        ticks = None if fps is None else 1 / (rational(fps) * reader.time_base)
+        found, convert = 0, _RGB()
+        for frame in _picked(reader, frames, ticks, start_frame_offset, own_fps):
+            yield convert.planes(frame)
+            found += 1
+    if found < frames:
+        raise _too_short(found, frames, start_frame_offset, fps)
+
+
+def _planes_of(picture: np.ndarray) -> Planes:
+    """Of uint8 (H, W, 3)."""
+    return picture[..., 0], picture[..., 1], picture[..., 2]
+
+
+def _picked(
+    reader: "_Reader", count: int, ticks: Fraction | None, start: int, own_fps: float | None
+) -> Iterator[VideoFrame]:
+    """The frames of `decode_planes`, whose `fps` is one frame in so many `ticks` of the time base."""
+    if ticks is None:
+        return (frame for _, frame in islice(_from_number(reader, start), count))
+    if reader.own:
+        return _at_rate(_from_number(reader, start, (count, ticks)), count, ticks)
+    if own_fps is None or start == 0:
+        return _at_rate(_from_number(reader, start), count, ticks)
+    first = _first_time(reader) + start / (rational(own_fps) * reader.time_base)
+    return _at_rate(reader.frames_from(math.floor(first)), count, ticks, first)
 
 
 def _too_short(found: int, frames: int, start: int, fps: float | None) -> BadVideo:
@@ -335,16 +360,37 @@ def _is_own(data: bytes) -> bool:
     return all(setting in head for setting in (b"x264 - core", f" keyint={GOP} ".encode(), b" open_gop=0 "))
 
 
-def _from_number(reader: "_Reader", number: int) -> Iterator[tuple[int, VideoFrame]]:
-    """(pts, frame) of frame `number` and those after it; in files of our own those before it are skipped quickly."""
+def _from_number(
+    reader: "_Reader", number: int, rate: tuple[int, Fraction] | None = None
+) -> Iterator[tuple[int, VideoFrame]]:
+    """(pts, frame) of frame `number` and those after it; in files of our own those before it are skipped quickly.
+
+    rate: (count, ticks) if only what `_at_rate` picks is wanted. Others may be missing.
+    """
     entries = reader.stream.index_entries
-    if reader.own and 0 < number < len(entries):
-        start = (reader.stream.start_time or 0) + number * (entries[1].timestamp - entries[0].timestamp)
+    if reader.own and len(entries) > 1 and number < len(entries):
+        tick = entries[1].timestamp - entries[0].timestamp
+        start = (reader.stream.start_time or 0) + number * tick
+        reader.passes_over = _unwanted(start, tick, *(rate or (len(entries), Fraction(tick))))
         decoded = reader.frames_from(start)
         first = next(decoded, None)
         if first is not None and first[0] == start:
             return chain([first], decoded)
+        reader.passes_over = None
     return islice(reader.frames(), number, None)
+
+
+def _unwanted(start: int, tick: int, count: int, ticks: Fraction) -> Callable[[int], bool]:
+    """Which pts `_at_rate` passes over in a file of constant rate: none of `count` times, each `ticks` after the other
+    from `start` on, lies in the `tick` that the frame is shown (or on its end, since times may be rounded)."""
+    length, unit = ticks.as_integer_ratio()
+
+    def unwanted(pts: int) -> bool:
+        after = (pts - start) * unit
+        following = max(0, -(-after // length))  # number of the first time that is not before pts
+        return following >= count or following * length > after + tick * unit
+
+    return unwanted
 
 
 def _first_time(reader: "_Reader") -> int:
@@ -433,23 +479,38 @@ def rational(fps: float | Fraction) -> Fraction:
 
 
 class _RGB:
-    """Turns decoded frames into upright RGB arrays; FFmpeg's scalers serve a whole clip."""
+    """Turns decoded frames into upright pictures; FFmpeg's scalers serve a whole clip."""
 
     def __init__(self, size: tuple[int, int] | None = None, *, draft: bool = False) -> None:
         self.size, self.draft = size, draft
         self.scaler, self.packer = VideoReformatter(), VideoReformatter()
 
     def __call__(self, frame: VideoFrame) -> np.ndarray:
-        turns, colours = _quarter_turns(frame), _Colours.of(frame)
+        """uint8 (H, W, 3)."""
+        rgb = self.packer.reformat(self._converted(frame), format="rgb24", threads=1).to_ndarray()
+        turns = _quarter_turns(frame)
+        return np.rot90(rgb, turns) if turns else rgb
+
+    def planes(self, frame: VideoFrame) -> Planes:
+        """Views of FFmpeg's own memory: its packing into (H, W, 3) costs a third of the conversion."""
+        turns = _quarter_turns(frame)
+        green, blue, red = (
+            np.rot90(np.frombuffer(plane, np.uint8).reshape(plane.height, -1)[:, : plane.width], turns)  # type: ignore[call-overload]
+            for plane in self._converted(frame).planes
+        )
+        return red, green, blue
+
+    def _converted(self, frame: VideoFrame) -> VideoFrame:
+        """rgb24 of a draft, planes otherwise: exact rounding into packed pixels has no vector code."""
+        colours = _Colours.of(frame)
         height, width = self.size or (None, None)
-        if turns % 2 == 1:
+        if _quarter_turns(frame) % 2 == 1:
             height, width = width, height
         try:
-            rgb = self.scaler.reformat(
+            return self.scaler.reformat(
                 frame,
                 width,
                 height,
-                # exact rounding into packed pixels has no vector code: by way of planes it takes a third of the time
                 "rgb24" if self.draft else "gbrp",
                 src_colorspace=_MATRICES[colours.matrix].scaler,
                 src_color_range=ColorRange.JPEG if colours.full else ColorRange.MPEG,
@@ -457,10 +518,8 @@ class _RGB:
                 interpolation=_DRAFT if self.draft else _EXACT,
                 threads=1,
             )
-            rgb = self.packer.reformat(rgb, format="rgb24", threads=1)
         except av.FFmpegError as error:
             raise BadVideo(f"pictures of format {frame.format.name} cannot be converted: {error.strerror}") from error
-        return np.rot90(rgb.to_ndarray(), turns) if turns else rgb.to_ndarray()
 
 
 def _quarter_turns(frame: VideoFrame) -> int:
@@ -552,6 +611,8 @@ class _Reader:
         self.file, self.container, self.limits, self.beat, self.own = file, container, limits, beat, own
         self.demuxer, self.stream = _open(file, container, limits, own=own)
         self.fresh = True  # nothing is read yet
+        self.passes_over: Callable[[int], bool] | None = None
+        """Whether nobody wants the frame of a pts: it is not decoded then, unless others build on it."""
 
     def __enter__(self) -> Self:
         return self
@@ -677,6 +738,9 @@ class _Reader:
                 read += packet.size > 0
                 if packet.is_corrupt:
                     raise BadVideo(f"cut off or damaged at packet {read}")
+                if self.passes_over is not None:
+                    unwanted = packet.pts is not None and self.passes_over(packet.pts)
+                    self.stream.codec_context.skip_frame = "NONREF" if unwanted else "DEFAULT"
                 for frame in packet.decode():
                     self.beat()
                     # AVI and raw streams may name no times: count on from the last

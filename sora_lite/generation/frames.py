@@ -85,7 +85,10 @@ def _read(key: str, condition: ConditionConfig, size: tuple[int, int], factor: i
         if len(shown) < wanted:
             raise UserError(f"condition.frames: {path} has {len(shown)} frames, not {wanted}; take fewer")
         shown = shown[-wanted:] if key == "first" else shown[:wanted]
-    return resize_crop(np.stack(shown), size)
+    kept = np.empty((len(shown), 3, *size), np.uint8)
+    for frame, place in zip(shown, kept, strict=True):
+        resize_crop(frame.transpose(2, 0, 1), place)
+    return kept.transpose(0, 2, 3, 1)
 
 
 def given_frames(mask: Tensor, factor: int) -> list[int]:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from sora_lite.config import DataConfig
-from sora_lite.data.loader import BadSample, ClipBatch, ClipLoader
+from sora_lite.data.batch import BadSample, ClipBatch
+from sora_lite.data.loader import ClipLoader
 from sora_lite.data.remote import ReadCounts
 from sora_lite.errors import UserError
 from sora_lite.parallel.env import Rank

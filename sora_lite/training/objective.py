@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from sora_lite.data.batch import Clip, ClipBatch, Places, View
 from sora_lite.data.buckets import frames_at
 from sora_lite.data.index import Index
 from sora_lite.data.joined import Joined
-from sora_lite.data.loader import Clip, ClipBatch, ClipReader, View, collate
+from sora_lite.data.loader import ClipReader
 from sora_lite.data.shards import DamagedSample
 from sora_lite.data.video import BadVideo
 from sora_lite.parallel.env import Rank
@@ -120,41 +121,40 @@ class HeldOut:
         self._places = places
         self._samples = chosen[places % max(self.count, 1)]
         self._weights = (places < self.count).astype(np.float64)
-        self._clips: list[Clip] | None = None
-
-    def clips(self) -> list[Clip]:
-        """This rank's clips, read once. A damaged one is named, and a black one of weight 0 stands for it."""
-        if self._clips is None:
-            self._clips = [self._read(i, int(sample)) for i, sample in enumerate(self._samples)]
-        return self._clips
-
-    def _read(self, place: int, sample: int) -> Clip:
-        try:
-            return self._reader.read(sample, self.shape, self._fps)
-        except (DamagedSample, BadVideo) as error:
-            index = self._reader.index
-            shard = index.shard_paths[int(index.shard[sample])].name
-            tqdm.write(f"{shard}: sample {index.key(sample)} does not count in validation or statistics: {error}")
-            self._weights[place] = 0
-            black = np.zeros((*self.shape, 3), np.uint8)
-            return Clip(pixels=black, crop=(0, 0, 0, 0), captions=[], label=-1)
+        self._batches: list[tuple[ClipBatch, np.ndarray]] | None = None
 
     def batches(self) -> list[tuple[ClipBatch, np.ndarray]]:
-        """(clips with their first captions and, as positions, their places in the whole set; weights B) per batch."""
-        clips = self.clips()
-        result = []
-        for start in range(0, len(clips), self._batch):
-            part = slice(start, start + self._batch)
-            batch = collate(
-                clips[part],
-                self.shape,
-                keys=[self._reader.index.key(int(sample)) for sample in self._samples[part]],
-                said=[0] * len(clips[part]),
-                positions=torch.from_numpy(self._places[part]),
-                step=0,
-                views=[View(start=0, crop=clip.crop, flip=False) for clip in clips[part]],
-                samples=torch.from_numpy(self._samples[part]),
-                bucket=0,
-            )
-            result.append((batch, self._weights[part]))
-        return result
+        """(clips with their first captions and, as positions, their places in the whole set; weights B) per batch.
+
+        Read once. A damaged clip is named, and a black one of weight 0 stands for it.
+        """
+        if self._batches is None:
+            count = len(self._samples)
+            parts = [slice(start, start + self._batch) for start in range(0, count, self._batch)]
+            self._batches = [(self._read(part), self._weights[part]) for part in parts]
+        return self._batches
+
+    def _read(self, part: slice) -> ClipBatch:
+        samples = self._samples[part]
+        places, views = Places(len(samples), self.shape), []
+        for place, sample in enumerate(samples.tolist(), part.start):
+            try:
+                clip = self._reader.read(sample, self.shape, self._fps, places=places)
+            except (DamagedSample, BadVideo) as error:
+                index = self._reader.index
+                shard = index.shard_paths[int(index.shard[sample])].name
+                tqdm.write(f"{shard}: sample {index.key(sample)} does not count in validation or statistics: {error}")
+                self._weights[place] = 0
+                black = places.video()
+                black[:] = 0
+                clip = Clip(pixels=black, crop=(0, 0, 0, 0), captions=[], label=-1)
+            places.keep(clip)
+            views.append(View(start=0, crop=clip.crop, flip=False))
+        return places.batch(
+            keys=[self._reader.index.key(int(sample)) for sample in samples],
+            positions=torch.from_numpy(self._places[part]),
+            step=0,
+            views=views,
+            samples=torch.from_numpy(samples),
+            bucket=0,
+        )

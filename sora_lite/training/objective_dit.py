@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sora_lite.config import DiffusionConfig, DiTConfig, FrameRule, LoraConfig, SamplingConfig
-from sora_lite.data.loader import ClipBatch
+from sora_lite.data.batch import ClipBatch
 from sora_lite.data.order import hash_seed
 from sora_lite.diffusion.path import PathSample
 from sora_lite.diffusion.schedule import STEPS

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sora_lite.config import VAEConfig, VAELossConfig
-from sora_lite.data.loader import ClipBatch
+from sora_lite.data.batch import ClipBatch
 from sora_lite.data.order import hash_seed
 from sora_lite.evaluation.page import contact_sheet
 from sora_lite.generation.pipeline import seeded_normal, to_float, to_uint8

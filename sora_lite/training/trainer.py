@@ -14,7 +14,7 @@ run folder: RUN/
 import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,10 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from sora_lite.config import BaseTrainConfig, OnDamage, SpikeAction
+from sora_lite.data.batch import ClipBatch
 from sora_lite.data.compiled import open_buckets
 from sora_lite.data.index import Index
 from sora_lite.data.joined import Joined
-from sora_lite.data.loader import ClipBatch
 from sora_lite.errors import Interrupted, UserError
 from sora_lite.parallel.apply import apply_parallel
 from sora_lite.parallel.env import Rank
@@ -37,6 +37,7 @@ from sora_lite.training.data_record import DataRecord
 from sora_lite.training.ema import EMA
 from sora_lite.training.engine import Engine
 from sora_lite.training.guards import UpdateGuard
+from sora_lite.training.handover import Handover
 from sora_lite.training.inputs import load_made, load_split, make_loader, make_rows
 from sora_lite.training.lease import Held
 from sora_lite.training.metrics import Means, peak_flops
@@ -77,17 +78,20 @@ def train_step(
     step: int,
     lr: float,
     *,
-    stop: bool = False,
+    meanwhile: Callable[[], None],
+    stop: bool,
 ) -> StepResult:
     """One optimizer step: forward and backward of every micro-batch, update unless the guard objects, average.
 
-    stop: whether this rank was asked to stop; what any rank was asked travels with the losses.
+    meanwhile: called once the device has forward and backward to do. stop: whether this rank was asked to stop; what
+    any rank was asked travels with the losses.
     """
     losses = []
     for batch in batches:
         result = objective.loss(engine, batch)
         engine.backward(result.loss)
         losses.append(result)
+    meanwhile()
     mean = torch.stack([one.loss.detach().double() for one in losses]).mean()
     told = torch.stack([mean, torch.tensor(float(stop), dtype=torch.float64, device=mean.device)])
     loss, stopping = engine.rank.mean(told).tolist()
@@ -218,11 +222,11 @@ class Trainer:
         """Steps from the present one on, to the end or to a rollback; side jobs in their order after each."""
         run = self.config.run
         means, clock = Means(self.rank), Clock()
-        batches = self.loader.steps(self.step + self.jump, run.steps + self.jump)
+        batches = Handover(self.loader, self.step + self.jump, run.steps + self.jump, self.rank.device)
         while self.step < run.steps:
             self.watchdog.beat(f"step {self.step}: waiting for data")
             wait = time.perf_counter()
-            micro_batches = next(batches)
+            micro_batches = batches.take()
             clock.waited += time.perf_counter() - wait
             self.watchdog.beat(f"step {self.step}: forward, backward, update")
             lr = learning_rate(self.step, self.config.optim, run.steps)
@@ -234,6 +238,7 @@ class Trainer:
                 micro_batches,
                 self.step,
                 lr,
+                meanwhile=batches.ahead,
                 stop=bool(self.stop.received) or self.lease.is_taken_over(),
             )
             if result.stopping:  # an attempt that another one took the run from saves nothing
@@ -370,7 +375,7 @@ class Trainer:
             "tokens_per_s": clock.tokens / seconds,
             "tflops_per_device": speed / 1e12,
             "mfu": speed / self._peak,
-            "data_wait": clock.waited / seconds,
+            "data_wait": max(self.rank.gather(clock.waited)) / seconds,  # the others wait for that rank
             "left_out": self.left_out,
             "flops": self.flops,
             **self.data.line(self.step + self.jump),

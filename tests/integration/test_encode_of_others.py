@@ -126,7 +126,7 @@ def test_training_from_them_decodes_nothing(
     words = ["train", "experiment=tiny", f"data.shards={written}", f"vae_from={tiny.vae}", f"run.root={tmp_path}"]
     words += ["run.validation_samples=2"]
     assert call(*words, "run.name=raw") == 0
-    monkeypatch.setattr(loading, "decode_clip", None)
+    monkeypatch.setattr(loading, "decode_planes", None)
     assert call(*words, "run.name=made", f"data.latents={made}") == 0
     raw, cached = (
         [one["loss"] for one in read_record(tmp_path / n / RECORD) if "loss" in one] for n in ("raw", "made")

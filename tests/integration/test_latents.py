@@ -19,11 +19,12 @@ from tiny_inputs import Tiny, call, make_vae
 from data_tools.cli import main as sora_data
 from sora_lite.cli.compose import compose
 from sora_lite.data import loader as loading
+from sora_lite.data.batch import ClipBatch
 from sora_lite.data.buckets import Row
 from sora_lite.data.compiled import open_index
 from sora_lite.data.index import Index
 from sora_lite.data.joined import Joined, LatentReader, open_join
-from sora_lite.data.loader import ClipBatch, ClipLoader, ClipReader
+from sora_lite.data.loader import ClipLoader, ClipReader
 from sora_lite.data.remote import ReadCounts
 from sora_lite.data.shards import MANIFEST, DamagedSample, Manifest, Sample, ShardWriter, clip_digits
 from sora_lite.errors import UserError
@@ -56,9 +57,9 @@ def test_a_latent_is_what_encoding_on_the_fly_gives(tiny: Tiny, latents: Path, a
     vae, _ = load_vae(tiny.vae)
     for start in range(0, len(index), at_once):
         samples = range(start, min(start + at_once, len(index)))
-        frames = torch.from_numpy(np.stack([raw.read(sample, SHAPE).frames for sample in samples]))
+        frames = torch.from_numpy(np.stack([raw.read(sample, SHAPE).pixels for sample in samples]))
         with torch.no_grad():
-            posterior = vae.encode(to_float(frames.permute(0, 4, 1, 2, 3)))
+            posterior = vae.encode(to_float(frames))
         for sample, mean, logvar in zip(samples, posterior.mean, posterior.logvar, strict=True):
             clip = cached.read(sample, SHAPE)
             assert clip.latent is not None and clip.captions == raw.read(sample, SHAPE).captions
@@ -277,7 +278,7 @@ def test_training_from_latents_decodes_nothing_and_learns_the_same(
         raise AssertionError("a clip was decoded")
 
     with monkeypatch.context() as patch:
-        patch.setattr(loading, "decode_clip", decode)
+        patch.setattr(loading, "decode_planes", decode)
         assert call(*words, "run.name=cached", "run.sample_every=4", f"data.latents={latents}") == 0
     assert "come as latents: 39 of 39 samples in buckets" in capsys.readouterr().out
     raw, cached = (read_record(tmp_path / name / RECORD) for name in ("raw", "cached"))

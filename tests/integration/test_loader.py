@@ -12,10 +12,11 @@ from tiny_inputs import Tiny
 from torch import Tensor, nn
 
 from sora_lite.cli.compose import compose
+from sora_lite.data.batch import ClipBatch
 from sora_lite.data.buckets import Row
 from sora_lite.data.compiled import open_index
 from sora_lite.data.index import Index
-from sora_lite.data.loader import ClipBatch, ClipLoader
+from sora_lite.data.loader import ClipLoader
 from sora_lite.errors import UserError
 from sora_lite.generation.export import load_vae
 from sora_lite.models.conditions import Conditions

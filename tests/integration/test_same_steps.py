@@ -9,11 +9,12 @@ from test_loader import assert_same, join
 from tiny_inputs import Tiny
 
 from data_tools.cli import main as sora_data
+from sora_lite.data.batch import ClipBatch
 from sora_lite.data.buckets import Row
 from sora_lite.data.compiled import open_index
 from sora_lite.data.index import Index
 from sora_lite.data.joined import open_join
-from sora_lite.data.loader import ClipBatch, ClipLoader
+from sora_lite.data.loader import ClipLoader
 from sora_lite.data.shards import Manifest
 
 RANKS, WORKERS, STEPS = (1, 2, 4, 8), (0, 1, 2, 4), 8

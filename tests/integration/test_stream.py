@@ -21,11 +21,12 @@ from bad_server import BadServer, serving
 from tiny_inputs import Tiny, call
 from torch import Tensor
 
+from sora_lite.data.batch import ClipBatch
 from sora_lite.data.buckets import Row
 from sora_lite.data.compiled import open_index
 from sora_lite.data.index import Index
 from sora_lite.data.joined import Joined, open_join
-from sora_lite.data.loader import ClipBatch, ClipLoader
+from sora_lite.data.loader import ClipLoader
 from sora_lite.data.remote import Location, Patience, Url
 from sora_lite.data.shard_cache import ShardCache
 from sora_lite.data.shards import Manifest

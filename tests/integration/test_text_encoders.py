@@ -13,7 +13,7 @@ from tiny_inputs import Plain, Tiny, call
 
 from sora_lite.cli.compose import compose
 from sora_lite.config import TrainConfig
-from sora_lite.data.loader import ClipBatch
+from sora_lite.data.batch import ClipBatch
 from sora_lite.errors import UserError
 from sora_lite.evaluation.record import RECORD, read_record
 from sora_lite.generation.export import load_vae, read_contract

@@ -13,11 +13,12 @@ from tiny_inputs import Plain, Tiny, call
 
 from data_tools.cli import main as sora_data
 from sora_lite.cli.compose import compose
+from sora_lite.data.batch import ClipBatch
 from sora_lite.data.buckets import Row
 from sora_lite.data.compiled import open_index
 from sora_lite.data.index import Index
 from sora_lite.data.joined import CaptionReader, Joined, Members, open_join, text_sample
-from sora_lite.data.loader import ClipBatch, ClipLoader
+from sora_lite.data.loader import ClipLoader
 from sora_lite.data.remote import ReadCounts
 from sora_lite.data.shards import DamagedSample, Manifest, Sample, ShardWriter, clip_digits
 from sora_lite.errors import UserError

@@ -1,6 +1,8 @@
 """Decoding: the right frames, upright, in the right colours, and a clear reason where that cannot be."""
 
 import io
+import itertools
+import math
 import struct
 import sys
 import time
@@ -412,6 +414,28 @@ def test_a_missing_decord_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "decord", None)
     with pytest.raises(UserError, match="pip install decord"):
         decode_clip(encode_mp4(stamped(), 8, 10), frames=3, decoder="decord")
+
+
+@pytest.mark.parametrize("rate", [Fraction(24000, 1001), Fraction(30), Fraction(25, 2)])
+def test_frames_that_nobody_wants_are_passed_over_and_the_others_are_exact(
+    monkeypatch: pytest.MonkeyPatch, rate: Fraction
+) -> None:
+    """Against a decoding of every frame, by number: floor(i * rate / fps)."""
+    clip = encode_mp4(list(stamps.pictures(100)), rate, 18)
+    whole = decode_clip(clip, frames=100)
+    decoded, check = [], video._Check.__call__
+    monkeypatch.setattr(video._Check, "__call__", lambda self, *frame: decoded.append(frame) or check(self, *frame))
+    for start, stride in itertools.product(
+        (0, 1, 46, 70), (Fraction(1), Fraction(2), Fraction(7, 2), Fraction(4), Fraction(9))
+    ):
+        count = math.ceil((100 - start) / stride)
+        decoded.clear()
+        found = decode_clip(clip, frames=count, fps=rate / stride, start_frame_offset=start)
+        assert np.array_equal(found, whole[[start + math.floor(i * stride) for i in range(count)]])
+        if stride >= 4 and start == 0:
+            assert len(decoded) < 90  # of 100
+        with pytest.raises(BadVideo, match="ends after"):
+            decode_clip(clip, frames=count + 1, fps=rate / stride, start_frame_offset=start)
 
 
 def test_own_clips_are_entered_at_the_keyframe_before(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Workers that are killed, hang or fail: the sequence of answers is the one of a single process, or a clear error."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -10,12 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
 from torch import Tensor
 
-from sora_lite.data.workers import Workers
+from sora_lite.data.batch import Allocate
+from sora_lite.data.workers import AHEAD, Workers
 from sora_lite.errors import UserError
 
 
@@ -27,7 +30,7 @@ class Parcel:
     nothing: Tensor
 
 
-def make(number: int) -> Parcel:
+def make(number: int, allocate: Allocate = np.empty) -> Parcel:
     clip = torch.arange(24, dtype=torch.uint8).reshape(2, 3, 4) + number
     return Parcel(
         number, clip.permute(2, 0, 1), [torch.tensor(float(number)), torch.full((3,), number)], torch.empty(0, 3)
@@ -39,6 +42,35 @@ def check(parcel: Parcel, number: int) -> None:
     assert parcel.number == number and parcel.clip.equal(expected.clip) and parcel.nothing.shape == (0, 3)
     assert [one.tolist() for one in parcel.more] == [one.tolist() for one in expected.more]
     parcel.clip += 1  # it is ours to write
+
+
+def fill(number: int, allocate: Allocate) -> list[Tensor]:
+    """Two tensors of 1 MiB in the shared memory, of which one is a part of what was asked for, and one elsewhere."""
+    size = 2**20 * (1 + number % 3)
+    first, second = allocate((size,), np.uint8), allocate((2, 2**19), np.uint16)
+    first[:], second[:] = number, number
+    return [torch.from_numpy(first[: 2**20]), torch.from_numpy(second[:1]).T, torch.full((5,), number)]
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_memory_is_used_again_and_never_while_it_is_in_use(count: int) -> None:
+    kept, pieces = [], 0
+    workers = Workers(fill, count, timeout=20)
+    for number, tensors in enumerate(workers.answers(range(100))):
+        if number % 10 == 0:
+            kept.append((number, tensors[number % 3]))  # any of them keeps the memory of all
+        held = [(number, one) for one in tensors] + kept
+        assert all((one == value).all() for value, one in held)
+        for process in workers.processes:
+            found = set()
+            for one in Path(f"/proc/{process}/fd").iterdir():
+                with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                    if "memfd:answer" in os.readlink(one):
+                        found.add(one.stat().st_ino)
+            pieces = max(pieces, len(found))
+        del tensors, held
+    assert number == 99 and len(kept) == 10
+    assert pieces <= 10 + AHEAD + 2  # kept, made ahead, and in the loop's hands
 
 
 @pytest.fixture
@@ -69,7 +101,7 @@ def test_kill_9_again_and_again() -> None:
 
 
 def test_one_that_hangs(tmp_path: Path) -> None:
-    def hang_once(number: int) -> Parcel:
+    def hang_once(number: int, _: Allocate) -> Parcel:
         if number == 7 and not (tmp_path / "seen").exists():
             (tmp_path / "seen").touch()
             os.kill(os.getpid(), signal.SIGSTOP)
@@ -81,8 +113,8 @@ def test_one_that_hangs(tmp_path: Path) -> None:
     assert number == 19 and workers.restarts == 1
 
 
-def fail(how: Callable[[], object]) -> Callable[[int], Parcel]:
-    def work(number: int) -> Parcel:
+def fail(how: Callable[[], object]) -> Callable[[int, Allocate], Parcel]:
+    def work(number: int, _: Allocate) -> Parcel:
         if number == 5:
             how()
         return make(number)
@@ -112,7 +144,7 @@ def test_no_worker_outlives_its_parent() -> None:
     script = textwrap.dedent("""
         import os, signal, torch
         from sora_lite.data.workers import Workers
-        workers = Workers(lambda n: torch.zeros(1000), 3, timeout=20)
+        workers = Workers(lambda n, allocate: torch.zeros(1000), 3, timeout=20)
         answers = workers.answers(range(1000))
         next(answers)
         print(*workers.processes, flush=True)

@@ -52,7 +52,9 @@ def main() -> None:
     by_flops = Budget(cost=flops, tokens=tokens, batch_tokens=BATCH_TOKENS, divisor=1).batches(SHAPES)
     clips = {str(shape): batch // PART for shape, batch in zip(SHAPES, by_flops, strict=True)}
     calls = {str(shape): (lambda shape=shape: step_of(vae, dit, shape, clips[str(shape)])) for shape in SHAPES}
-    seconds = {name: value / clips[name] for name, value in take_turns(calls, rounds=3).items()}  # of one clip
+    seconds = {
+        name: value / clips[name] for name, value in take_turns(calls, rounds=5, pick=min).items()
+    }  # of one clip
     print(f"steps of four buckets, by the CPU time of a clip of each; budget {BATCH_TOKENS:,} tokens of the first")
     costs = {"by tokens": tokens, "by FLOPs": flops, "by time": lambda *shape: seconds[str(shape)]}
     for name, cost in costs.items():

@@ -11,7 +11,7 @@ import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -217,10 +217,10 @@ def watch_memory(folder: Path, samples: int) -> None:
     print(f"  {'slope':<34}{slope:>9.1f} KiB per 1,000 samples")
 
 
-def main(*, samples: int = LONG_RUN, rounds: int = ROUNDS) -> None:
+def main(*, samples: int = LONG_RUN, rounds: int = ROUNDS, strides: Sequence[int] = tuple(BATCHES)) -> None:
     """Print the tables."""
     small = (np.asarray(Image.fromarray(frame).resize(SIZE[::-1], Image.Resampling.BICUBIC)) for frame in footage(400))
     with tempfile.TemporaryDirectory() as folder:
-        for stride in (1, STRIDE):
+        for stride in strides:
             compare(Path(folder), stride, small, rounds)
         watch_memory(Path(folder), samples)

@@ -24,10 +24,10 @@ from sora_lite.training.engine import Engine
 WIDTH, DEPTH, ROUNDS, STALLS = 2048, 8, 5, 15
 
 
-def wall(candidates: dict[str, Callable[[], None]]) -> dict[str, float]:
+def wall(candidates: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
     """Seconds of one call of each, median over the rounds after a warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for turn in range(ROUNDS + 1):
+    for turn in range(rounds + 1):
         for name, call in candidates.items():
             start = time.perf_counter()
             call()
@@ -54,10 +54,10 @@ def read_raw(path: Path) -> None:
             data = data[count:]
 
 
-def main() -> None:
+def main(*, width: int = WIDTH, rounds: int = ROUNDS) -> None:
     """Print the table."""
     rank = init_rank("cpu", threads=1)
-    model = nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(DEPTH)])
+    model = nn.Sequential(*[nn.Linear(width, width) for _ in range(DEPTH)])
     engine = Engine(model, optim=OptimConfig(), parallel=ParallelConfig(zero_stage=2), rank=rank, global_batch=1)
     ema = EMA(engine, 0.999)
     with tempfile.TemporaryDirectory(dir=".") as folder:
@@ -83,7 +83,8 @@ def main() -> None:
                 "save, with hashes and fsync": save,
                 "raw warm read": lambda: read_raw(root / "raw"),
                 "restore, verified": restore_all,
-            }
+            },
+            rounds,
         )
         found |= stalls(behind, data, copy)
     print(f"checkpoint of {size / 2**20:.0f} MiB on one rank, {torch.get_num_threads()} thread for torch, wall clock")

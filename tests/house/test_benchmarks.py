@@ -25,3 +25,19 @@ def test_benchmark_runs(table: str, rows: tuple[str, ...]) -> None:
     done = subprocess.run([sys.executable, "-m", "benchmarks", table], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert all(row in done.stdout for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("short", "rows"),
+    [
+        ("loading.main(samples=800, rounds=1, strides=[1])", ("sora_lite, decoder=pyav", "of stock", "slope")),
+        ("latents.main(count=32, rounds=1)", ("tarfile, seeking", "sora_lite")),
+        ("saving.main(width=256, rounds=1)", ("restore, verified", "of raw", "stall")),
+    ],
+)
+def test_long_benchmark_runs_in_short(short: str, rows: tuple[str, ...]) -> None:
+    code = f"from benchmarks import loading, latents, saving; {short}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(row in done.stdout for row in rows)

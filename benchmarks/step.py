@@ -61,8 +61,17 @@ def main() -> None:
 
         return steps
 
+    def deterministic(steps: Callable[[], None]) -> Callable[[], None]:
+        def switched() -> None:
+            torch.use_deterministic_algorithms(True)
+            steps()
+            torch.use_deterministic_algorithms(False)
+
+        return switched
+
     candidates = {"bare PyTorch": bare_loop()}
     candidates |= {f"engine, ZeRO {engine.stage}": steps_of(engine) for engine in engines}
+    candidates["engine, ZeRO 2, run.deterministic"] = deterministic(steps_of(engines[2]))
     size = sum(parameter.numel() for parameter in make_model().parameters()) / 1e6
     print(table(f"steps of a DiT of {size:.1f} M parameters, batch {BATCH}", "steps", take_turns(candidates), STEPS))
     for engine in engines:

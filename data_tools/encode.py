@@ -190,7 +190,7 @@ def latent_encoding(config: EncodeConfig) -> dict[str, Any]:
 def text_encoding(config: EncodeConfig) -> dict[str, Any]:
     """What text features are made with, for the manifest."""
     assert config.text_from is not None
-    return _text_encoder(config.text_from, config.max_tokens, "cpu").identity()
+    return _text_encoder(config.text_from, config.max_tokens, "cpu").identity
 
 
 def _refuse_another(out: Path, config_hash: str, encoding: dict[str, Any]) -> None:

@@ -37,6 +37,15 @@ class Precision(Enum):
     bf16 = "bf16"
 
 
+class Offload(Enum):
+    """Where the fp32 master weights and Adam's moments lie and are updated."""
+
+    none = "none"
+    """On the device that trains."""
+    cpu = "cpu"
+    """In the host's memory, by DeepSpeed's CPUAdam."""
+
+
 class TimestepSampling(Enum):
     """Density from which training draws the time t in [0, 1]."""
 
@@ -424,6 +433,8 @@ class ParallelConfig:
     size. Needs a C++ compiler."""
     precision: Precision = Precision.fp32
     """bf16 needs ZeRO 1 to 3."""
+    offload: Offload = Offload.none
+    """Where the optimizer's state lies; cpu needs ZeRO 1 to 3, g++ and, at the first start, some minutes to compile."""
     threads: int | None = None
     """CPU threads per rank for torch; null leaves torch's own choice."""
 
@@ -562,7 +573,7 @@ class DiTConfig:
     cross_norm: bool = True
     """A layer norm before the cross-attention to text."""
     pooled_features: int = 0
-    """Width of the pooled features of `text_from`, a CLIP (768), that join time and label; 0 for none."""
+    """Width of the pooled features of `pooled_from`, a CLIP (768), that join time and label; 0 for none."""
     learn_variance: bool = False
     """Predict twice the channels: the second half is the variance of the reverse step (with diffusion=ddpm)."""
     frame_conditions: bool = False
@@ -655,8 +666,10 @@ class TrainConfig(BaseTrainConfig):
     vae_from: str = MISSING
     """The trained VAE: an export (`sora-lite export`), or a run folder that holds one."""
     text_from: str | None = None
-    """The frozen text encoder of a model with `model.text_features` or `model.pooled_features`: a folder of T5, UMT5 or
-    CLIP that transformers has saved, or a pipeline of diffusers."""
+    """The frozen text encoder of a model with `model.text_features`: a folder of T5, UMT5 or CLIP that transformers has
+    saved, or a pipeline of diffusers."""
+    pooled_from: str | None = None
+    """The CLIP of a model with `model.pooled_features`; it may be the same as `text_from`."""
     model: DiTConfig = field(default_factory=DiTConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     frames: list[FrameRule] = field(default_factory=list)
@@ -747,6 +760,8 @@ class GenerateConfig:
     """The trained DiT: an export (`sora-lite export`), or a run folder that holds one."""
     text_from: str | None = None
     """The frozen text encoder that the DiT was trained with, which its export names and does not hold."""
+    pooled_from: str | None = None
+    """Likewise the CLIP of a DiT with `model.pooled_features`."""
     out: str = "generations"
     """Folder for clips, contact sheet and page."""
     prompts: list[str] = field(default_factory=list)
@@ -812,6 +827,8 @@ class EvaluateConfig:
     """The trained DiT: an export (`sora-lite export`), or a run folder that holds one."""
     text_from: str | None = None
     """The frozen text encoder that the DiT was trained with, which its export names and does not hold."""
+    pooled_from: str | None = None
+    """Likewise the CLIP of a DiT with `model.pooled_features`."""
     shards: str = MISSING
     """Shards whose clips carry the attributes below; train clips train the judge, held-out clips test it."""
     out: str = MISSING
@@ -1002,6 +1019,11 @@ def _check_run(config: BaseTrainConfig) -> None:
         parallel.precision is Precision.fp32 or parallel.zero_stage > 0,
         "parallel.zero_stage",
         "0 has no fp32 master weights under bf16; take parallel.zero_stage=1",
+    )
+    _require(
+        parallel.offload is Offload.none or parallel.zero_stage > 0,
+        "parallel.zero_stage",
+        "0 shards nothing that parallel.offload=cpu could take; take parallel.zero_stage=1, 2 or 3",
     )
 
 
@@ -1197,25 +1219,25 @@ def _check_preview(config: DataPreviewConfig) -> None:
 
 
 def _check_text(config: TrainConfig) -> None:
-    reads = config.model.text_features > 0 or config.model.pooled_features > 0
-    # What data-preview shows depends on no encoder.
-    given = config.text_from is not None or isinstance(config, DataPreviewConfig)
+    for key, name in (("text_from", "text_features"), ("pooled_from", "pooled_features")):
+        folder, width = getattr(config, key), getattr(config.model, name)
+        what = "T5, UMT5 or CLIP" if key == "text_from" else "CLIP"
+        # data-preview needs one only where features were made beforehand (`_check_preview`).
+        _require(
+            folder is not None or width == 0 or isinstance(config, DataPreviewConfig),
+            key,
+            f"is null, but the model reads model.{name}={width}; name the folder of a {what}",
+        )
+        _require(
+            folder is None or width > 0,
+            key,
+            f"model.{name} is 0, so the model reads nothing of it; leave it out, or set model.{name} to the encoder's "
+            "width and model.text=null",
+        )
     _require(
-        given or not reads,
-        "text_from",
-        "is null, but the model reads text features (model.text_features, model.pooled_features); name the folder of a "
-        "T5, UMT5 or CLIP encoder",
-    )
-    _require(
-        reads or config.text_from is None,
-        "text_from",
-        "the model reads no features of a text encoder; leave it out, or set model.text_features to their width and "
-        "model.text=null",
-    )
-    _require(
-        reads or not any(config.data.text_folders),
+        config.model.text_features > 0 or not any(config.data.text_folders),
         config.data.key_of_all("text"),
-        "the model reads no features of a text encoder; leave them out",
+        "model.text_features is 0, so the model reads no features of captions; leave them out",
     )
 
 

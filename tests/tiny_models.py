@@ -30,6 +30,13 @@ def make_dit(folder: Path, tiny: Tiny, *, seed: int) -> Path:
     return folder
 
 
+WAN = [
+    "model=wan_1_3b", "model.width=24", "model.depth=2", "model.heads=2", "model.mlp_ratio=1.66667",
+    "model.text_features=16",
+]  # fmt: skip
+"""Settings of `tiny_wan(text=16)`."""
+
+
 def tiny_wan(channels: int = 4, text: int = 10) -> nn.Module:
     """diffusers' Wan with random weights throughout: 2 blocks, width 24. text: width of its features."""
     import diffusers

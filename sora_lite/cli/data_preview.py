@@ -23,7 +23,7 @@ from sora_lite.data.video import BadVideo
 from sora_lite.errors import UserError
 from sora_lite.evaluation.page import contact_sheet
 from sora_lite.generation.export import load_vae
-from sora_lite.generation.text import open_encoder
+from sora_lite.generation.text import open_encoders
 from sora_lite.models.vae import CausalVAE
 from sora_lite.parallel.env import Rank
 from sora_lite.training.inputs import load_made, load_split, make_loader
@@ -64,9 +64,10 @@ def build_objective(config: DataPreviewConfig) -> DiTObjective:
     """What decides the batches: the shapes of the DiT, on the named VAE or on one of the usual compression."""
     rank = one_of(1)
     vae = load_vae(Path(config.vae_from))[0] if config.vae_from else CausalVAE(**asdict(VAEConfig()))
-    encoder = open_encoder(asdict(config.model), config.text_from, rank.device) if config.text_from else None
+    joins = any(config.data.text_folders)  # features that must be by the encoders; else these show nothing
+    encoders = open_encoders(config, asdict(config.model), rank.device, {}) if joins else {}
     with torch.device("meta"):
-        return DiTObjective(config.model, config.diffusion, vae, encoder, seed=config.run.seed, rank=rank)
+        return DiTObjective(config.model, config.diffusion, vae, encoders, seed=config.run.seed, rank=rank)
 
 
 @dataclass(kw_only=True, slots=True)

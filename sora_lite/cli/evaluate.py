@@ -22,7 +22,7 @@ from sora_lite.errors import UserError
 from sora_lite.evaluation.judge import Judge, accuracy, nearest_distances, psnr_db, train_judge
 from sora_lite.generation.export import Contract, load_dit
 from sora_lite.generation.pipeline import Pipeline, Request, to_float, to_uint8
-from sora_lite.generation.text import open_encoder, reads_text
+from sora_lite.generation.text import open_encoders, reads_text
 from sora_lite.models.vae import CausalVAE
 from sora_lite.parallel.env import local_device
 
@@ -78,7 +78,7 @@ def main(config: EvaluateConfig) -> None:
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """All figures. Accuracies are fractions of clips, distances root mean squares of pixels in [0, 1]."""
     dit, vae, contract = load_dit(Path(config.model_from))
-    encoder = open_encoder(contract.architecture, config.text_from, local_device(), contract.text_encoder)
+    encoders = open_encoders(config, contract.architecture, local_device(), contract.text_encoders)
     shards = locate(config.shards, "shards")
     train = LabelledClips(shards, "train", config.attributes, contract)
     held_out = LabelledClips(shards, "validation", config.attributes, contract)
@@ -94,7 +94,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         )
     figures |= _reconstructions(vae, held_out, judges, classes, config.clips)
 
-    pipeline = Pipeline(dit, vae, Process(**contract.diffusion), local_device(), encoder)
+    pipeline = Pipeline(dit, vae, Process(**contract.diffusion), local_device(), encoders)
     if config.frames:
         few = slice(0, config.count)
         known = {name: (judges[name], held_out.targets(name, classes[name])[few]) for name in config.attributes}

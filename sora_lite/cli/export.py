@@ -67,11 +67,11 @@ def export(run: Path, out: Path | None, weights: str, init_from: str | None = No
             "architecture": objective["model"],
             "vae_fingerprint": objective["vae_fingerprint"],
             "diffusion": objective["diffusion"],
-            "text_encoder": objective["text_encoder"],
+            "text_encoders": objective["text_encoders"],
         }
         if objective["lora"] is not None:
             contract["base"] = objective["lora"]["sha256"]
-            tensors = merge(out / "adapter", objective["lora"], tensors, init_from)
+            tensors = merge(out / exports.ADAPTER, objective["lora"], tensors, init_from)
     exports.write(out, exports.Contract(**contract), tensors)
     return out
 

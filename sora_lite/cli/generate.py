@@ -19,7 +19,7 @@ from sora_lite.evaluation.record import RECORD
 from sora_lite.generation.export import Contract, load_dit
 from sora_lite.generation.frames import given_frames, read_given
 from sora_lite.generation.pipeline import Pipeline, Request
-from sora_lite.generation.text import open_encoder
+from sora_lite.generation.text import open_encoders
 from sora_lite.models.dit import VideoDiT
 from sora_lite.models.patch import Grid, token_grid
 from sora_lite.models.positions import Scaling
@@ -37,8 +37,8 @@ def main(config: GenerateConfig) -> None:
     prompts = config.prompts if config.prompts or config.labels or not conditioned else [""]
     requests = make_requests(prompts, config.labels, config.count)
     dit, vae, contract = load_dit(Path(config.model_from))
-    encoder = open_encoder(contract.architecture, config.text_from, local_device(), contract.text_encoder)
-    pipeline = Pipeline(dit, vae, Process(**contract.diffusion), local_device(), encoder)
+    encoders = open_encoders(config, contract.architecture, local_device(), contract.text_encoders)
+    pipeline = Pipeline(dit, vae, Process(**contract.diffusion), local_device(), encoders)
     clip = clip_size(config, contract)
     try:
         token_grid(vae.latent_shape(*clip)[1:], dit.patch)

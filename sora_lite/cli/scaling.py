@@ -17,7 +17,7 @@ from sora_lite.evaluation.scaling import Curve, Fit, Scaling, analyse, frontier,
 CONFIG = "config.yaml"
 ALIKE = (
     "data.shards", "data.sets", "data.buckets", "data.fps", "diffusion", "frames", "run.validation_samples", "vae_from",
-    "text_from",
+    "text_from", "pooled_from",
 )  # fmt: skip
 """Settings without which the losses of two runs do not compare."""
 

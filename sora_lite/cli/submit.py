@@ -179,9 +179,8 @@ def _check_inputs(config: BaseTrainConfig) -> None:
         place = locate(folder, key)
         if isinstance(place, Path) and not (place / MANIFEST).is_file():
             raise UserError(f"{key}: {place / MANIFEST} does not exist; name a folder that `sora-data` has finished")
-    if isinstance(config, TrainConfig) and not Path(config.vae_from).is_dir():
-        raise UserError(
-            f"vae_from: the folder {config.vae_from} does not exist; train a VAE first, or correct the path"
-        )
-    if isinstance(config, TrainConfig) and config.text_from is not None and not Path(config.text_from).is_dir():
-        raise UserError(f"text_from: the folder {config.text_from} does not exist; correct the path")
+    for key in ("vae_from", "text_from", "pooled_from") if isinstance(config, TrainConfig) else ():
+        folder = getattr(config, key)
+        if folder is not None and not Path(folder).is_dir():
+            cure = "train a VAE first, or correct the path" if key == "vae_from" else "correct the path"
+            raise UserError(f"{key}: the folder {folder} does not exist; {cure}")

@@ -16,7 +16,7 @@ from sora_lite.data.loader import ClipLoader
 from sora_lite.errors import Interrupted, UserError
 from sora_lite.generation.export import load_vae
 from sora_lite.generation.export import write as write_export
-from sora_lite.generation.text import open_encoder, reads_text
+from sora_lite.generation.text import open_encoders, reads_text
 from sora_lite.parallel.env import Rank, init_rank, shutdown
 from sora_lite.training.engine import release_groups
 from sora_lite.training.init_from import RECORD, Row, start_from, table
@@ -70,9 +70,9 @@ def train(config: TrainConfig | TrainVAEConfig, rank: Rank) -> None:
         objective = VAEObjective(config.vae, config.loss, seed=config.run.seed, rank=rank)
     else:
         vae, vae_contract = load_vae(Path(config.vae_from))
-        encoder = open_encoder(asdict(config.model), config.text_from, rank.device)
+        encoders = open_encoders(config, asdict(config.model), rank.device, {})
         objective = DiTObjective(
-            config.model, config.diffusion, vae, encoder, frames=config.frames, seed=config.run.seed, rank=rank
+            config.model, config.diffusion, vae, encoders, frames=config.frames, seed=config.run.seed, rank=rank
         )
     check_buckets(config, objective)
     rows = start(config, objective, rank)

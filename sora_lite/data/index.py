@@ -1,10 +1,13 @@
 """All samples of one split of one or several data sets as columns: what the order and the buckets are computed from."""
 
 import hashlib
+import os
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Self
 
@@ -53,6 +56,24 @@ class Origin:
         return cls(content=manifest.content, config_hash=manifest.config_hash, encoding=manifest.encoding)
 
 
+class ShardPaths(Sequence[Location]):
+    """Where the shards of data sets lie. Each is made when it is asked for: to make 10^5 of them takes longer than all
+    else that a start does with an index."""
+
+    def __init__(self, folders: Sequence[Location], set_shards: Sequence[int], names: Sequence[str]) -> None:
+        self._folders, self._names = folders, names
+        self._ends = list(accumulate(set_shards))
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, number: Any) -> Any:
+        if isinstance(number, slice):
+            return [self[one] for one in range(len(self))[number]]
+        number = range(len(self))[number]
+        return self._folders[bisect_right(self._ends, number)] / self._names[number]
+
+
 @dataclass(kw_only=True, slots=True)
 class Index:
     """N samples in the order of data sets, of shards and of members within them.
@@ -60,7 +81,7 @@ class Index:
     Every column is (N,). It may be mapped from a file: read it, never write it.
     """
 
-    shard_paths: list[Location]
+    shard_paths: Sequence[Location]
     shard_sha256: list[str]
     shard_bytes: list[int]
     set_shards: list[int]
@@ -181,6 +202,11 @@ class Index:
         path = self.shard_paths[number]
         return RemoteShard(path, self.shard_sha256[number], self.shard_bytes[number]) if isinstance(path, Url) else None
 
+    def is_remote(self) -> bool:
+        """Whether shards of any data set lie behind a URL."""
+        firsts = [end - count for end, count in zip(accumulate(self.set_shards), self.set_shards, strict=True) if count]
+        return any(isinstance(self.shard_paths[first], Url) for first in firsts)
+
     def key(self, sample: int) -> str:
         """The key of a sample."""
         return bytes(self.keys[sample]).decode()
@@ -298,12 +324,12 @@ def read_index(folder: Location, manifest: Manifest, entry: ShardEntry) -> pa.Ta
     return table
 
 
-def check_shard(path: Location, size: int) -> None:
+def check_shard(path: Location | str, size: int) -> None:
     """Raise UserError unless the shard is there with its size in bytes; a remote one is verified when it is fetched."""
     if isinstance(path, Url):
         return
     try:
-        found = path.stat().st_size
+        found = os.stat(path).st_size
     except FileNotFoundError:
         raise UserError(f"{path}: named in the manifest but missing; {_CURE}.") from None
     if found != size:

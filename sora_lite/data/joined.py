@@ -59,7 +59,7 @@ class CaptionFeatures:
 
     def __post_init__(self) -> None:
         shapes = self.features.shape, self.mask.shape
-        if self.features.ndim != 3 or shapes[1] != shapes[0][:2] or not self.mask.any(1).all():
+        if self.features.ndim != 3 or shapes[1] != shapes[0][:2] or not len(self.mask) or not self.mask.any(1).all():
             raise ValueError(f"text features of shape {shapes[0]} with a mask of shape {shapes[1]}, or without a token")
         if self.pooled is not None and (self.pooled.ndim != 2 or len(self.pooled) != len(self.mask)):
             raise ValueError(f"text features of shape {shapes[0]} with pooled ones of shape {self.pooled.shape}")

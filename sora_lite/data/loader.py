@@ -23,7 +23,6 @@ from sora_lite.data.index import Index
 from sora_lite.data.joined import CaptionReader, Joined, LatentReader, Members
 from sora_lite.data.order import MicroStep, Order, check_parts, hash_seed, rank_positions
 from sora_lite.data.prefetch import Prefetcher
-from sora_lite.data.remote import Url
 from sora_lite.data.shard_cache import RemoteShard, default_cache
 from sora_lite.data.shards import DamagedSample
 from sora_lite.data.transforms import cover_box, mirror, resize_crop
@@ -155,8 +154,8 @@ class ClipReader:
 
     def is_remote(self) -> bool:
         """Whether any shard lies behind a URL."""
-        indexes = [self.index, *(one.index for one in (self._latents, self._text) if one is not None)]
-        return any(isinstance(path, Url) for index in indexes for path in index.shard_paths)
+        made = [one.index for one in (self._latents, self._text) if one is not None]
+        return any(index.is_remote() for index in [self.index, *made])
 
     def remote_shards(self, sample: int, shape: tuple[int, int, int], fps: float | None) -> list[RemoteShard]:
         """The shards that `read` opens for a sample, as far as they lie behind URLs."""

@@ -26,6 +26,8 @@ from sora_lite.models.vae import CausalVAE
 
 FORMAT = 1
 _WEIGHTS, _CONTRACT, _VAE = "model.safetensors", "export.json", "vae"
+ADAPTER = "adapter"
+"""Folder of the adapters in an export that they are merged into; see `models.lora`."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -35,9 +37,10 @@ class Contract:
     architecture: keyword arguments of `CausalVAE` or `VideoDiT`. clip: (T, H, W) in frames and pixels, and fps
     (0: each clip's own rate), of the first bucket that it was trained on. vae_fingerprint: of the VAE itself, or of the
     one that a DiT was trained against; None where that is not of this project (`sora-lite import`). diffusion: keyword
-    arguments of `Process` (DiT). text_encoder: `FrozenTextEncoder.identity` of the one whose features a DiT was trained
-    on, empty for none. It is not part of the export, being larger than most models and the same for many. base: SHA-256
-    of the weights that adapters were trained on and are merged into here; None for a model that was trained whole.
+    arguments of `Process` (DiT). text_encoders: `FrozenTextEncoder.identity` of those whose features a DiT was
+    trained on, by the setting that names them. They are no part of the export, being larger than most models and the
+    same for many. base: SHA-256 of the weights that adapters were trained on and are merged into here; None for a model
+    that was trained whole.
     """
 
     kind: Literal["vae", "dit"]
@@ -49,7 +52,7 @@ class Contract:
     fps: float
     vae_fingerprint: str | None
     diffusion: dict[str, Any] = field(default_factory=dict)
-    text_encoder: dict[str, Any] = field(default_factory=dict)
+    text_encoders: dict[str, dict[str, Any]] = field(default_factory=dict)
     base: str | None = None
     sha256: str = ""
     format: int = FORMAT

@@ -3,6 +3,7 @@
 FOLDER/
   config.json                              what the model is
   diffusion_pytorch_model.safetensors      its weights; or several files, with an index beside them
+  pytorch_lora_weights.safetensors         (of a Wan model with adapters merged in) these alone, for `load_lora_weights`
 """
 
 import json
@@ -14,10 +15,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sora_lite.errors import UserError
-from sora_lite.generation.export import Contract, load_transformer
-from sora_lite.models.adapters import CLASSES, ENTRIES, architecture_of, config_of, to_ours, to_theirs
+from sora_lite.generation.export import ADAPTER, Contract, load_transformer, read_contract
+from sora_lite.models.adapters import (
+    CLASSES,
+    ENTRIES,
+    Entry,
+    architecture_of,
+    config_of,
+    lora_to_theirs,
+    to_ours,
+    to_theirs,
+)
+from sora_lite.models.lora import Adapters
 
 _CONFIG, _WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+_LORA = "pytorch_lora_weights.safetensors"
 _CELL = 8
 """Pixels along a side of a latent cell, in the VAEs that all these models were trained with."""
 
@@ -61,6 +73,7 @@ def write_folder(export: Path, out: Path) -> None:
     Raises:
         UserError: diffusers has no class that could be this model.
     """
+    export, _ = read_contract(export, "dit")
     dit, contract = load_transformer(export)
     frames, height, width = contract.clip
     refused = []
@@ -71,12 +84,26 @@ def write_folder(export: Path, out: Path) -> None:
             refused.append(f"{kind}: {error}")
             continue
         out.mkdir(parents=True, exist_ok=True)
-        weights = to_theirs(ENTRIES[layout](contract.architecture), dit.state_dict())
+        entries = ENTRIES[layout](contract.architecture)
+        weights = to_theirs(entries, dit.state_dict())
         # Copies share their memory, which the format does not allow.
         save_file({name: tensor.clone() for name, tensor in weights.items()}, out / _WEIGHTS, {"format": "pt"})
+        if contract.base is not None and layout == "wan":  # diffusers' DiT and Latte take no adapters
+            _write_adapters(export / ADAPTER, entries, out / _LORA)
         (out / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         return
     raise UserError(f"layout: this model is none that diffusers has ({'; '.join(refused)}); take layout=sora_lite")
+
+
+def _write_adapters(folder: Path, entries: list[Entry], path: Path) -> None:
+    """Adapters of an export as a file that diffusers loads onto the base. Their scale is in B, so it needs no other."""
+    adapters, trained = Adapters.read(folder)
+    tensors = {
+        f"transformer.{layer}.lora_{side}.weight": tensor
+        for layer, pair in lora_to_theirs(entries, adapters.pairs(trained)).items()
+        for side, tensor in zip("AB", pair, strict=True)
+    }
+    save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, path, {"format": "pt"})
 
 
 def _clip(layout: str, config: dict[str, Any]) -> list[int]:

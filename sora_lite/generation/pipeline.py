@@ -4,7 +4,7 @@ Shapes: B generations, C latent channels, T H W frames and pixels, t h w latent 
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from functools import partial
@@ -162,7 +162,7 @@ class Pipeline:
     Args:
         dit, vae: in eval mode; moved to the device.
         process: that the DiT was trained on.
-        encoder: on the device, for a DiT that reads the features of a frozen text encoder (`text.open_encoder`).
+        encoders: on the device, for a DiT that reads the features of frozen text encoders (`text.open_encoders`).
     """
 
     def __init__(
@@ -171,10 +171,10 @@ class Pipeline:
         vae: CausalVAE,
         process: Process,
         device: torch.device,
-        encoder: FrozenTextEncoder | None = None,
+        encoders: Mapping[str, FrozenTextEncoder] | None = None,
     ) -> None:
         self.dit, self.vae, self.process, self.device = dit.to(device), vae.to(device), process, device
-        self.reader = make_reader(dit, encoder, device)
+        self.reader = make_reader(dit, encoders or {}, device)
 
     @torch.no_grad()
     def generate(

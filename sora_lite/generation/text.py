@@ -1,4 +1,4 @@
-"""From prompts to what a model reads of them: bytes, or the features of a frozen text encoder.
+"""From prompts to what a model reads of them: bytes, or the features of frozen text encoders.
 
 "No text" is the empty prompt, whoever reads it: BEGIN alone in bytes, and what the encoder makes of "" in features, as
 Wan and Stable Diffusion 3 have it. It is what a dropped condition, a clip without a caption and the unguided side of a
@@ -7,12 +7,15 @@ generation are given.
 Shapes: B prompts, M tokens of the longest of them, C features of a token, P pooled features.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from sora_lite.config import EvaluateConfig, GenerateConfig, TrainConfig
 from sora_lite.errors import UserError
 from sora_lite.models.conditions import Conditions
 from sora_lite.models.dit import VideoDiT
@@ -37,99 +40,110 @@ class ByteReader:
 
 
 class FrozenReader:
-    """Prompts as features of a frozen encoder, pooled ones, or both. Equal prompts are encoded once."""
+    """Prompts as features of a frozen encoder, as pooled features of the same or another one, or both.
 
-    def __init__(self, encoder: FrozenTextEncoder, *, features: bool, pooled: bool) -> None:
-        self._encoder, self._features, self._pooled = encoder, features, pooled
+    Equal prompts are encoded once.
+    """
+
+    def __init__(self, text: FrozenTextEncoder | None, pooled: FrozenTextEncoder | None) -> None:
+        self._text, self._pooled = text, pooled
 
     def __call__(self, prompts: Sequence[str]) -> Conditions:
         unlike = list(dict.fromkeys(prompts))
-        return self._read(self._encoder(unlike)).rows([unlike.index(prompt) for prompt in prompts])
+        told = Conditions()
+        if self._text is not None:
+            told = self._told(self._text(unlike))
+        if self._pooled is not None and told.pooled is None:
+            told = replace(told, pooled=self._pooled(unlike).pooled)
+        return told.rows([unlike.index(prompt) for prompt in prompts])
 
     def complete(self, made: TextFeatures, prompts: Sequence[str]) -> Conditions:
-        """The same, where the features of some prompts exist: of those whose row in `made` has a real token."""
-        there = made.mask.any(1)
-        missing = [prompt for prompt, is_there in zip(prompts, there.tolist(), strict=True) if not is_there]
-        held = self._read(made.to(self._encoder.model.device))
+        """The same, where the features of some prompts exist: of those whose row in `made` has a real token.
+
+        made: by the encoder of the features. Pooled features of another one are always encoded.
+        """
+        assert self._text is not None
+        if self._pooled is not None and self._pooled is not self._text:
+            pooled = FrozenReader(None, self._pooled)(prompts).pooled
+            return replace(FrozenReader(self._text, None).complete(made, prompts), pooled=pooled)
+        there = made.mask.any(1).tolist()
+        missing = [prompt for prompt, is_there in zip(prompts, there, strict=True) if not is_there]
+        held = self._told(made.to(self._text.model.device))
         if not missing:
             return held
-        rows = torch.arange(len(there))
-        rows[~there] = len(there) + torch.arange(len(missing))
-        return held.cat(self(missing)).rows(rows.tolist())
+        behind = itertools.count(len(there))
+        rows = [number if is_there else next(behind) for number, is_there in enumerate(there)]
+        return held.cat(self(missing)).rows(rows)
 
-    def _read(self, made: TextFeatures) -> Conditions:
-        """What the model reads of features."""
-        return Conditions(
-            text=made.features if self._features else None,
-            text_mask=made.mask if self._features else None,
-            pooled=made.pooled if self._pooled else None,
-        )
+    def _told(self, made: TextFeatures) -> Conditions:
+        """What the model reads of what the encoder of the features made."""
+        pooled = made.pooled if self._pooled is self._text else None
+        return Conditions(text=made.features, text_mask=made.mask, pooled=pooled)
 
 
-def make_reader(dit: VideoDiT, encoder: FrozenTextEncoder | None, device: torch.device) -> TextReader | None:
-    """What reads text for a model. None if it reads none, or its encoder is not given."""
+STREAMS = {"text_from": "text_features", "pooled_from": "pooled_features"}
+"""Setting that names a frozen encoder, and the argument of `VideoDiT` that says how wide what it gives is."""
+
+
+def make_reader(dit: VideoDiT, encoders: Mapping[str, FrozenTextEncoder], device: torch.device) -> TextReader | None:
+    """What reads text for a model. None if it reads none, or its encoders (`open_encoders`) are not given."""
     if isinstance(dit.text, ByteTextEncoder):
         return ByteReader(dit.text.max_bytes, device)
-    if encoder is None:
-        return None
-    return FrozenReader(encoder, features=dit.text is not None, pooled=dit.pooled_features > 0)
-
-
-def reads_features(architecture: Mapping[str, Any]) -> bool:
-    """Whether a `VideoDiT` of these arguments needs a frozen text encoder."""
-    return architecture["text_features"] > 0 or architecture["pooled_features"] > 0
+    return FrozenReader(encoders.get("text_from"), encoders.get("pooled_from")) if encoders else None
 
 
 def reads_text(architecture: Mapping[str, Any]) -> bool:
     """Whether a `VideoDiT` of these arguments reads text."""
-    return bool(architecture["text"]) or reads_features(architecture)
+    return bool(architecture["text"]) or any(architecture[name] > 0 for name in STREAMS.values())
 
 
-def open_encoder(
+def open_encoders(
+    config: TrainConfig | GenerateConfig | EvaluateConfig,
     architecture: Mapping[str, Any],
-    text_from: str | None,
     device: torch.device,
-    expected: Mapping[str, Any] | None = None,
-) -> FrozenTextEncoder | None:
-    """The frozen text encoder of a `VideoDiT` of these arguments, on a device; None for one that needs none.
+    expected: Mapping[str, Mapping[str, Any]],
+) -> dict[str, FrozenTextEncoder]:
+    """The frozen text encoders of a `VideoDiT` of these arguments, on a device, by the setting that names them.
 
-    expected: its identity, where the model was trained with one.
+    expected: the identities of those that it was trained with, by setting; empty where it is trained now.
 
     Raises:
-        UserError: it is not given or not needed, or is not the one that the model reads.
+        UserError: one is not given or not needed, or is not the one that the model reads.
     """
-    if not reads_features(architecture):
-        if text_from is not None:
-            raise UserError(f"text_from: the model reads no features of a text encoder; leave {text_from} out")
-        return None
-    if text_from is None:
-        which = f" of {_described(expected)}" if expected else ""
-        raise UserError(f"text_from: the model reads text features{which}; name the folder of the encoder")
-    encoder = FrozenTextEncoder(Path(text_from), architecture["text_tokens"], device)
-    check_widths(encoder, architecture)
-    if expected and encoder.fingerprint() != expected["fingerprint"]:
+    given = {"text_from": config.text_from, "pooled_from": config.pooled_from}
+    encoders: dict[str, FrozenTextEncoder] = {}
+    for key, name in STREAMS.items():
+        folder, width, known = given[key], architecture[name], expected.get(key)
+        if not width and folder is not None:
+            raise UserError(f"{key}: the model has no {name}; leave {folder} out")
+        if not width:
+            continue
+        if folder is None:
+            which = f" of {_described(known)}" if known else ""
+            raise UserError(f"{key}: the model reads {name}{which}; name the folder of the encoder")
+        again = next((one for one in encoders.values() if one.folder.resolve() == Path(folder).resolve()), None)
+        encoder = again or FrozenTextEncoder(Path(folder), architecture["text_tokens"], device)
+        _check_width(encoder, key, name, width)
+        if known and encoder.identity["fingerprint"] != known["fingerprint"]:
+            raise UserError(
+                f"{key}: {folder} is not the encoder that the model was trained with, which is {_described(known)}; "
+                f"this one is {_described(encoder.identity)}"
+            )
+        encoders[key] = encoder
+    return encoders
+
+
+def _check_width(encoder: FrozenTextEncoder, key: str, name: str, width: int) -> None:
+    """Raise UserError unless an encoder gives what a model reads, so wide."""
+    if key == "pooled_from" and not encoder.pools:
         raise UserError(
-            f"text_from: {text_from} is not the encoder that the model was trained with, which is "
-            f"{_described(expected)}; this one is {_described(encoder.identity())}"
+            f"{key}: {encoder.folder} has no pooled features, and model.{name}={width} reads such of a CLIP; name one"
         )
-    return encoder
-
-
-def check_widths(encoder: FrozenTextEncoder, architecture: Mapping[str, Any]) -> None:
-    """Raise UserError if the features of an encoder are not what a `VideoDiT` of these arguments reads."""
-    width = encoder.width
-    for name in ("text_features", "pooled_features"):
-        wanted = architecture[name]
-        if wanted and name == "pooled_features" and not encoder.pools:
-            raise UserError(
-                f"text_from: {encoder.folder} has no pooled features, of which the model reads {wanted} "
-                "(model.pooled_features); take a CLIP, or set model.pooled_features=0"
-            )
-        if wanted and wanted != width:
-            raise UserError(
-                f"text_from: {encoder.folder} gives features {width} wide, and model.{name}={wanted}; take the encoder "
-                f"that the model is for, or set model.{name}={width}"
-            )
+    if width != encoder.width:
+        raise UserError(
+            f"{key}: {encoder.folder} gives features {encoder.width} wide, and model.{name}={width}; take the encoder "
+            f"that the model is for, or set model.{name}={encoder.width}"
+        )
 
 
 def _described(identity: Mapping[str, Any]) -> str:

@@ -31,6 +31,8 @@ from sora_lite.models.dit import VideoDiT
 from sora_lite.models.positions import sincos
 
 Tensors = Mapping[str, Tensor]
+Pair = tuple[Tensor, Tensor]
+"""A and B of a low-rank adapter, which adds B A to the weight of a layer."""
 Form = Literal["same", "joined", "copies", "row", "kernel"]
 
 
@@ -98,6 +100,22 @@ def to_theirs(entries: list[Entry], ours: Tensors) -> dict[str, Tensor]:
         for entry in entries
         for name, tensor in zip(entry.theirs, entry.write(ours[entry.ours]), strict=True)
     }
+
+
+def lora_to_theirs(entries: list[Entry], pairs: Mapping[str, Pair]) -> dict[str, Pair]:
+    """Low-rank adapters of our linear layers as those of theirs, by layer, which add the same to the same numbers."""
+    found: dict[str, Pair] = {}
+    for entry in entries:
+        layer = entry.ours.removesuffix(".weight")
+        if layer not in pairs:
+            continue
+        a, b = pairs[layer]  # rank x in, out x rank
+        if entry.form == "kernel":  # a convolution to `rank` channels, and one of a single cell from there
+            split = [(entry.write(a)[0], b.reshape(*b.shape, *(1 for _ in entry.kernel)))]
+        else:  # what is joined lies along the outputs
+            split = [(a, part) for part in entry.write(b)]
+        found |= {name.removesuffix(".weight"): pair for name, pair in zip(entry.theirs, split, strict=True)}
+    return found
 
 
 def _layer(ours: str, *theirs: str, form: Form = "same") -> list[Entry]:
@@ -364,6 +382,7 @@ def config_of(layout: str, architecture: Mapping[str, Any], latent: tuple[int, i
         key: value
         for key, value in architecture_of(layout, config).items()
         if value != given[key]
+        and not (key == "mlp_ratio" and round(given["width"] * value) == round(given["width"] * given[key]))
         and not (key == "rope_theta" and given["positions"] == "sincos")
         and not (key == "text_tokens" and not given["pad_text"])  # how texts are cut is no part of such a model
     }

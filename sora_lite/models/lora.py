@@ -8,6 +8,7 @@ FOLDER/
   adapter_model.safetensors    A and B of each layer, fp32
 """
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sora_lite.errors import UserError
@@ -69,11 +71,8 @@ class Adapters:
             base: state dict of the model before `inject`.
             trained: A and B of every layer, as a model has them after `inject`.
         """
-        merged = dict(base)
-        for layer in self.layers:
-            a, b = (trained[f"{layer}.lora_{side}.default.weight"] for side in "AB")
-            merged[f"{layer}.weight"] = torch.addmm(base[f"{layer}.weight"], b, a, alpha=self.alpha / self.rank)
-        return merged
+        changed = {f"{layer}.weight": pair for layer, pair in self.pairs(trained).items()}
+        return {**base, **{name: torch.addmm(base[name], b, a) for name, (a, b) in changed.items()}}
 
     def write(self, folder: Path, trained: Tensors, base: str) -> None:
         """Write `trained` as `peft.PeftModel.from_pretrained` reads it. base: where the base lies, for people.
@@ -89,6 +88,31 @@ class Adapters:
         weights = {f"base_model.model.{name}.weight": trained[f"{name}.default.weight"].contiguous() for name in names}
         save_file(weights, folder / _WEIGHTS, {"format": "pt"})
         config.save_pretrained(str(folder))
+
+    @classmethod
+    def read(cls, folder: Path) -> tuple["Adapters", dict[str, Tensor]]:
+        """What `write` wrote: adapters and `trained`.
+
+        Raises:
+            UserError: the folder holds none, or they are damaged.
+        """
+        try:
+            settings = json.loads((folder / _CONFIG).read_text())
+            stored = load_file(folder / _WEIGHTS)
+            names = {name: name.removeprefix("base_model.model.").removesuffix(".weight") for name in stored}
+            layers = list(dict.fromkeys(name.rpartition(".lora_")[0] for name in names.values()))
+            adapters = cls(rank=settings["r"], alpha=settings["lora_alpha"], layers=layers)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise UserError(f"{folder}: holds no adapters that can be read ({error}); export the run again") from error
+        return adapters, {f"{names[name]}.default.weight": tensor for name, tensor in stored.items()}
+
+    def pairs(self, trained: Tensors) -> dict[str, tuple[Tensor, Tensor]]:
+        """A and B of each layer such that B A is what the adapter adds to its weight: the scale is in B."""
+        found = {}
+        for layer in self.layers:
+            a, b = (trained[f"{layer}.lora_{side}.default.weight"] for side in "AB")
+            found[layer] = a, b * (self.alpha / self.rank)
+        return found
 
     def _config(self):  # type: ignore[no-untyped-def]  # a class of peft, which is imported where it is needed
         # As one expression, since peft matches the names of a list with the ends of names, too.

@@ -8,6 +8,7 @@ Shapes: B prompts, M tokens of the longest of them, C features of a token, P poo
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,9 @@ class FrozenTextEncoder(nn.Module):
             features=features, mask=mask.bool(), pooled=out.pooler_output.float() if self.pools else None
         )
 
+    @cached_property
     def identity(self) -> dict[str, Any]:
-        """What it is, as manifests and exports say it. Reads all files."""
+        """What it is, as manifests and exports say it. Reads all files, once."""
         name = self.folder.resolve().name
         return {"encoder": name, "max_tokens": self.max_tokens, "fingerprint": self.fingerprint()}
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from sora_lite.training.engine import Engine, Fragment
+    from sora_lite.training.engine import Engine
+    from sora_lite.training.fragment import Fragment
 
 
 def decay(step: int, max_decay: float) -> float:

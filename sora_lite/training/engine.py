@@ -28,10 +28,10 @@ import functools
 import io
 import math
 import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -39,10 +39,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sora_lite.config import OptimConfig, ParallelConfig, Precision
+from sora_lite.config import Offload, OptimConfig, ParallelConfig, Precision
 from sora_lite.errors import UserError
 from sora_lite.parallel.apply import blocks_of
 from sora_lite.parallel.env import Rank
+from sora_lite.training import jit_build
+from sora_lite.training.fragment import Fragment
 from sora_lite.training.optim import parameter_groups
 
 if TYPE_CHECKING:
@@ -68,32 +70,6 @@ def _deepspeed(device_type: str) -> ModuleType:
     return deepspeed
 
 
-@dataclass(kw_only=True, frozen=True, slots=True)
-class Fragment:
-    """The piece of one parameter whose optimizer state this rank holds.
-
-    `master`, `exp_avg` and `exp_avg_sq` are fp32 views of shape (n,): elements `offset` to `offset + n` of the
-    flattened parameter `name` of full shape `shape`. Writing into them writes into the optimizer; the module's own
-    weights follow by `Engine.refresh_weights`.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    offset: int
-    master: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-
-    def __post_init__(self) -> None:
-        n = self.master.numel()
-        if not self.master.shape == self.exp_avg.shape == self.exp_avg_sq.shape == (n,):
-            raise ValueError(f"{self.name}: views of one fragment differ in shape")
-        if self.master.dtype != torch.float32:
-            raise TypeError(f"{self.name}: master weights are {self.master.dtype}, not float32")
-        if self.offset < 0 or self.offset + n > math.prod(self.shape):
-            raise ValueError(f"{self.name}: elements {self.offset} to {self.offset + n} exceed shape {self.shape}")
-
-
 class Engine:
     """A module under DeepSpeed, with AdamW. Several engines may live in one process, side by side.
 
@@ -101,12 +77,13 @@ class Engine:
         module: The plain module, with the same weights on every rank. It is moved to the rank's device and, with bf16,
             its parameters are cast; buffers keep their type. Inputs must come in the type that the forward expects.
         optim: AdamW's betas, eps, weight decay, and clipping. The learning rate is given to each `step`.
-        parallel: ZeRO stage, precision and accumulation (passes per step).
+        parallel: ZeRO stage, precision, accumulation (passes per step), and where the optimizer's state lies.
         rank: This process, from `init_rank`.
         global_batch: Samples in one optimizer step, over all ranks and passes.
 
     Raises:
-        UserError: the global batch cannot be divided, or precision and stage do not go together.
+        UserError: the global batch cannot be divided, precision or offload and stage do not go together, or what
+            offload needs cannot be compiled.
     """
 
     def __init__(
@@ -119,6 +96,8 @@ class Engine:
             raise UserError(
                 "parallel.precision=bf16 needs master weights in fp32: set parallel.zero_stage to 1, 2 or 3"
             )
+        if parallel.offload is Offload.cpu and parallel.zero_stage == 0:
+            raise UserError("parallel.offload=cpu takes what ZeRO shards: set parallel.zero_stage to 1, 2 or 3")
         share = rank.world_size * parallel.accumulation
         if global_batch < 1 or global_batch % share:
             raise UserError(
@@ -140,14 +119,8 @@ class Engine:
 
         module.to(rank.device)
         exact = {n: p.detach().clone() for n, p in module.named_parameters() if n in self.shapes} if bf16 else {}
-        adamw = torch.optim.AdamW(
-            parameter_groups(module, optim.weight_decay),
-            lr=optim.lr,
-            betas=(optim.betas[0], optim.betas[1]),
-            eps=optim.eps,
-            fused=True,  # several times faster on CPU; and an optimizer that is passed in ready-made is not compiled
-        )
         ds = _deepspeed(rank.device.type)
+        adamw = _adamw(parameter_groups(module, optim.weight_decay), optim, parallel.offload)
         if parallel.compile and parallel.zero_stage == 3:
             # Weights are gathered for a compiled block as a whole: hooks within it would break its graph.
             for block in blocks_of(module):
@@ -301,9 +274,11 @@ class Engine:
 
     def _create_moments(self) -> None:
         """Adam's state at step 0, as AdamW itself would make it in the first step, so that it can be loaded into."""
+        in_tensors = isinstance(self._adamw, torch.optim.AdamW)
         for flat in self._masters():
             self._adamw.state[flat] = {
-                "step": torch.zeros((), dtype=torch.float32, device=flat.device),
+                # CPUAdam counts in plain numbers.
+                "step": torch.zeros((), dtype=torch.float32, device=flat.device) if in_tensors else 0,
                 "exp_avg": torch.zeros_like(flat, memory_format=torch.preserve_format).detach(),
                 "exp_avg_sq": torch.zeros_like(flat, memory_format=torch.preserve_format).detach(),
             }
@@ -316,7 +291,8 @@ class Engine:
     @step_count.setter
     def step_count(self, count: int) -> None:
         for flat in self._masters():
-            self._adamw.state[flat]["step"].fill_(count)
+            state = self._adamw.state[flat]
+            state["step"] = state["step"] * 0 + count  # a tensor or a number, as it was
 
     @torch.no_grad()
     def refresh_weights(self) -> None:
@@ -419,6 +395,25 @@ def release_groups() -> None:
         sys.modules["deepspeed"].utils.groups._release_process_group_references()
 
 
+def _adamw(groups: list[dict], optim: OptimConfig, offload: Offload) -> torch.optim.Optimizer:
+    """AdamW for groups of parameters: torch's own, or DeepSpeed's for state in the host's memory."""
+    common: dict[str, Any] = {"lr": optim.lr, "betas": (optim.betas[0], optim.betas[1]), "eps": optim.eps}
+    if offload is Offload.none:
+        # Fused is several times faster on CPU; and an optimizer that is passed in ready-made is not compiled.
+        return torch.optim.AdamW(groups, fused=True, **common)
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+
+    try:
+        jit_build.build(CPUAdamBuilder.NAME, lambda: CPUAdamBuilder().load(), functools.partial(print, file=sys.stderr))
+    except (RuntimeError, ImportError, OSError, subprocess.SubprocessError) as error:
+        raise UserError(
+            f"parallel.offload=cpu: DeepSpeed's CPUAdam could not be compiled ({error}): install g++ and ninja, or set "
+            "parallel.offload=none"
+        ) from error
+    return DeepSpeedCPUAdam(groups, adamw_mode=True, **common)
+
+
 def _settings(optim: OptimConfig, parallel: ParallelConfig, rank: Rank, micro_batch: int, numel: int) -> dict[str, Any]:
     """DeepSpeed's configuration. What is not named here keeps DeepSpeed's default."""
     bucket = min(BUCKET_ELEMENTS, -(-numel // 1024) * 1024)  # must be even, for alignment
@@ -435,6 +430,9 @@ def _settings(optim: OptimConfig, parallel: ParallelConfig, rank: Rank, micro_ba
             "allgather_bucket_size": bucket,
         },
     }
+    if parallel.offload is Offload.cpu:
+        offload = {"device": "cpu", "pin_memory": rank.device.type == "cuda"}
+        settings["zero_optimization"]["offload_optimizer"] = offload
     if parallel.precision is Precision.bf16:
         settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
         # Sums over passes and ranks in fp32, whatever the arithmetic of the model.

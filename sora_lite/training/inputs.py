@@ -40,7 +40,7 @@ def load_split(data: DataConfig, split: str, rank: Rank, *, required: bool = Tru
 def load_made(data: DataConfig, index: Index, split: str, objective: Objective, rank: Rank) -> dict[str, Joined | None]:
     """What was made of an index's clips beforehand, as far as it is given: `latents` and `text`. All ranks call it."""
     state = objective.state()
-    encoder = state.get("text_encoder", {})
+    encoder = state.get("text_encoders", {}).get("text_from", {})
     latents = _join(
         data, index, split, "latents", data.latent_folders, {"fingerprint": state.get("vae_fingerprint")}, rank
     )

@@ -4,7 +4,7 @@ Shapes: B batch, C latent channels, T H W frames and pixels, t h w latent frames
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -57,8 +57,8 @@ class DiTObjective:
         model, diffusion: as configured.
         frames: how often which frames are given.
         vae: frozen; stays outside of the engine, whole on every rank.
-        encoder: frozen likewise, on the rank's device; of a model that reads text features. Only where nothing is
-            trained (`sora-lite data-preview`) it may be left out.
+        encoders: frozen likewise, on the rank's device (`text.open_encoders`), of a model that reads text. They may be
+            left out only where nothing is trained (`sora-lite data-preview`).
         seed: of the run.
         rank: this process.
     """
@@ -70,7 +70,7 @@ class DiTObjective:
         model: DiTConfig,
         diffusion: DiffusionConfig,
         vae: CausalVAE,
-        encoder: FrozenTextEncoder | None = None,
+        encoders: Mapping[str, FrozenTextEncoder] | None = None,
         *,
         frames: Sequence[FrameRule] = (),
         seed: int,
@@ -85,9 +85,8 @@ class DiTObjective:
         dit = VideoDiT(**self.architecture)
         self.module: nn.Module = dit
         self.adapted: Adapted | None = None
-        self.encoder = encoder
-        self.text_encoder = encoder.identity() if encoder is not None else {}
-        self.reader = make_reader(dit, encoder, rank.device)
+        self.encoders = encoders or {}
+        self.reader = make_reader(dit, self.encoders, rank.device)
         streams = (dit.num_classes > 0) + (dit.text is not None) + (dit.pooled_features > 0)
         # Independent draws per stream that together drop all with the configured probability.
         self.drop = diffusion.condition_dropout ** (1 / streams)
@@ -111,7 +110,8 @@ class DiTObjective:
         return count_flops(lambda: dit(latent, time, dit.no_conditions(1)))
 
     def cost(self, frames: int, height: int, width: int) -> float:
-        """FLOPs of encoding a clip, and of the DiT's forward and backward pass, which is two of it."""
+        """FLOPs of encoding a clip, and of the DiT's forward and backward pass, which is two of it. Encoding text is
+        left out: it costs the same for clips of all sizes."""
         vae = copy.deepcopy(self.vae).to("meta")
         clip = torch.empty(1, 3, frames, height, width, device="meta")
         return count_flops(lambda: vae.encode(clip)) + 3 * self.flops(frames, height, width)
@@ -277,8 +277,8 @@ class DiTObjective:
 
     def frozen(self) -> dict[str, torch.Tensor]:
         held = {f"vae.{name}": tensor for name, tensor in self.vae.state_dict().items()}
-        if self.encoder is not None:
-            held |= {f"text.{name}": tensor for name, tensor in self.encoder.state_dict().items()}
+        for key, encoder in self.encoders.items():
+            held |= {f"{key}.{name}": tensor for name, tensor in encoder.state_dict().items()}
         return held
 
     def state(self) -> dict[str, Any]:
@@ -286,14 +286,13 @@ class DiTObjective:
             "model": self.architecture,
             "vae_fingerprint": self.fingerprint,
             "diffusion": asdict(self.process),
-            "text_encoder": self.text_encoder,
+            "text_encoders": {key: encoder.identity for key, encoder in self.encoders.items()},
             "lora": self.adapted and asdict(self.adapted),
         }
 
     def inputs(self) -> dict[str, str]:
         inputs = {"vae_from": self.fingerprint}
-        if self.text_encoder:
-            inputs["text_from"] = self.text_encoder["fingerprint"]
+        inputs |= {key: encoder.identity["fingerprint"] for key, encoder in self.encoders.items()}
         if self.adapted is not None:
             inputs["init_from"] = self.adapted.sha256
         return inputs

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from sora_lite.config import OptimConfig, ParallelConfig, Precision
+from sora_lite.config import Offload, OptimConfig, ParallelConfig, Precision
 from sora_lite.parallel.env import Rank
 from sora_lite.training.ema import EMA
 from sora_lite.training.engine import Engine
@@ -70,8 +70,12 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
     return tokens, tokens.float().mean(-1) / 10
 
 
-def make_engine(rank: Rank, stage: int, accumulation: int = 1, precision: str = "fp32", **kwargs) -> Engine:
-    parallel = ParallelConfig(zero_stage=stage, accumulation=accumulation, precision=Precision[precision])
+def make_engine(
+    rank: Rank, stage: int, accumulation: int = 1, precision: str = "fp32", offload: str = "none", **kwargs
+) -> Engine:
+    parallel = ParallelConfig(
+        zero_stage=stage, accumulation=accumulation, precision=Precision[precision], offload=Offload[offload]
+    )
     return Engine(make_model(**kwargs), optim=OPTIM, parallel=parallel, rank=rank, global_batch=BATCH)
 
 

@@ -61,6 +61,7 @@ def losses(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[int, di
         words = ["encode", str(clips), str(root / f"{kind}_text"), "max_tokens=16", "workers=0"]
         assert sora_data([*words, f"text_from={encoder}"]) == 0
         common = ["experiment=tiny", f"data.shards={clips}", f"vae_from={tiny.vae}", "run.steps=3", *reads]
+        common += [f"pooled_from={encoder}"] if kind == "clip" else []
         start = awake(compose("train", [*common, f"text_from={encoder}"]), root / f"{kind}_start")
         common += [f"init_from={start}", "parallel.threads=1", "logging.peak_tflops=1", "optim.lr=1e-4"]
         overrides |= {

@@ -170,6 +170,13 @@ def test_mixtures_that_cannot_be(overrides: list[str], says: str) -> None:
         compose("train", ["run.name=trial", "vae_from=vae", *overrides])
 
 
+@pytest.mark.parametrize("words", [["parallel.offload=cpu"], ["parallel.precision=bf16"]])
+def test_zero_0_shards_nothing(words: list[str]) -> None:
+    with pytest.raises(UserError, match=r"parallel\.zero_stage: 0 .* take parallel\.zero_stage=1"):
+        compose("train", ["run.name=trial", "vae_from=vae", "data.shards=a", "parallel.zero_stage=0", *words])
+    compose("train", ["run.name=trial", "vae_from=vae", "data.shards=a", "parallel.zero_stage=1", *words])
+
+
 def test_data_sets_stand_for_shards() -> None:
     config = compose(
         "train", ["run.name=trial", "vae_from=vae", "data.sets=[{shards: a, weight: 3}, {shards: b, weight: 1}]"]

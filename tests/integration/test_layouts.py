@@ -70,13 +70,16 @@ def attempt(loaders: list[ClipLoader], start: int, steps: int, folder: Path) -> 
     for rank in ranks:
         rank.start()
     deadline = time.monotonic() + 60
-    while min(len(_lines(log)) for log in logs) < steps:
-        assert time.monotonic() < deadline and all(rank.is_alive() for rank in ranks)
-        time.sleep(0.002)
-    for rank in ranks:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(rank.pid, signal.SIGKILL)
-        rank.join()
+    try:
+        while min(len(_lines(log)) for log in logs) < steps:
+            assert time.monotonic() < deadline and all(rank.is_alive() for rank in ranks)
+            time.sleep(0.002)
+    finally:  # a rank that outlived a failure would keep pytest from ending, for ever
+        for rank in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(rank.pid, signal.SIGKILL)
+            rank.kill()  # where it had not begun a session of its own
+            rank.join()
     done = [_lines(log) for log in logs]
     stop = min(max(one) for one in done) + 1  # what a checkpoint can hold: steps that all ranks have done
     return [{step: rows for step, rows in one.items() if step < stop} for one in done]

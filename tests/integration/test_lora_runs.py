@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from text_folders import save_t5
 from tiny_inputs import Tiny, call
-from tiny_models import make_dit
+from tiny_models import WAN, make_dit, tiny_wan
 
 from sora_lite.evaluation.record import RECORD, read_record
 from sora_lite.generation.export import load_dit, load_transformer, read_contract
@@ -125,3 +126,43 @@ def test_settings_that_do_not_go_together(
         error = capsys.readouterr().err
         assert says in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_wan_of_diffusers_learns_and_goes_back(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From a folder of diffusers to one, by the commands that a user would give."""
+    diffusers = pytest.importorskip("diffusers")
+    tiny_wan(text=16).save_pretrained(tmp_path / "wan")
+    save_t5(tmp_path / "umt5", umt5=True)
+    assert call("import", f"weights_from={tmp_path / 'wan'}", f"out={tmp_path / 'base'}") == 0
+    before = (tmp_path / "base/model.safetensors").read_bytes()
+    given = [
+        *words(tiny, tmp_path / "base", tmp_path, "lora.rank=4", *WAN), f"text_from={tmp_path / 'umt5'}",
+        "optim.lr=0.02", "run.steps=16", "run.save_every=10", "run.validate_every=1",
+    ]  # fmt: skip
+    assert call(*given) == 0
+    count = sum(tensor.numel() for tensor in load_file(tmp_path / "base/model.safetensors").values())
+    per_block = 4 * ((24 + 72) + (24 + 24) + (24 + 24) + (24 + 48) + (24 + 24) + (24 + 40) + (40 + 24))
+    says = (
+        f"lora: {2 * per_block:,} parameters train, beside {count:,} frozen ones of {tmp_path / 'base'}: rank 4 on 14 "
+    )
+    assert says in capsys.readouterr().out
+    validated = [line["val_loss"] for line in read_record(tmp_path / "tiny" / RECORD) if "val_loss" in line]
+    assert validated[-1] < 0.9 * validated[0]
+    assert (tmp_path / "base/model.safetensors").read_bytes() == before
+
+    assert call("export", f"run={tmp_path / 'tiny'}", "layout=diffusers") == 0
+    x, text, step = torch.randn(2, 4, 3, 4, 6), torch.randn(2, 7, 16), torch.tensor([500.0, 20.0])
+    base, merged, loaded = (
+        diffusers.WanTransformer3DModel.from_pretrained(folder).eval()
+        for folder in (tmp_path / "wan", tmp_path / "tiny/diffusers", tmp_path / "wan")
+    )
+    loaded.load_lora_adapter(str(tmp_path / "tiny/diffusers"), weight_name="pytorch_lora_weights.safetensors")
+    start, expected, out = (one(x, step, text).sample for one in (base, merged, loaded))
+    assert (expected - start).abs().max() > 1e-2 * start.abs().max()
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    ours = load_transformer(tmp_path / "tiny")[0](x, step / 1000, Conditions(text=text))
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    generate = [f"text_from={tmp_path / 'umt5'}", "prompts=[a]", "sampling.steps=2", f"out={tmp_path / 'clips'}"]
+    assert call("generate", f"model_from={tmp_path / 'tiny'}", *generate) == 0

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from tiny_inputs import Tiny, call
 
+from data_tools.cli import main as sora_data
 from sora_lite.evaluation.record import RECORD, read_record
 
 WIDTHS = (12, 24, 36, 48)
@@ -20,12 +21,15 @@ def train(tiny: Tiny, root: Path, width: int, *more: str) -> int:
 
 @pytest.fixture(scope="module")
 def sweep(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four sizes; the third was stopped halfway and went on."""
+    """Four sizes on latents that were encoded once; the third was stopped halfway and went on."""
     root = tmp_path_factory.mktemp("sweep")
+    latents = root / "latents"
+    words = [str(tiny.shards), str(latents), f"vae_from={tiny.vae}", "workers=0"]
+    assert sora_data(["encode", *words, "buckets=[{resolution: [32, 32], frames: 17}]"]) == 0
     for width in WIDTHS:
         if width == WIDTHS[2]:
-            assert train(tiny, root, width, "run.steps=2") == 0
-        assert train(tiny, root, width) == 0
+            assert train(tiny, root, width, f"data.latents={latents}", "run.steps=2") == 0
+        assert train(tiny, root, width, f"data.latents={latents}") == 0
     return root
 
 
@@ -36,6 +40,7 @@ def test_the_record_counts_the_flops_of_training(sweep: Path) -> None:
         lines = read_record(sweep / f"size_{width}" / RECORD)
         assert all(line["flops"] == line["step"] * 8 * forward_and_backward for line in lines)
         assert any("val_loss" in line for line in lines)
+        assert all(line["from_latents"] == 1 for line in lines if "from_latents" in line)
         # 20 tokens and one block: its matrices alone, 2 FLOPs for each weight and token, without attention and text
         blocks = 3 * 2 * 20 * (4 + 8) * width**2
         assert forward_and_backward > blocks

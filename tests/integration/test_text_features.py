@@ -1,7 +1,7 @@
 """Text features made beforehand: whose they are, which caption's, on any number of ranks; and what is refused."""
 
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from sora_lite.data.remote import ReadCounts
 from sora_lite.data.shards import DamagedSample, Manifest, Sample, ShardWriter, clip_digits
 from sora_lite.errors import UserError
 from sora_lite.generation.export import load_vae
+from sora_lite.generation.text import open_encoders
 from sora_lite.models.pretrained import FrozenTextEncoder
 from sora_lite.training.objective_dit import DiTObjective
 
@@ -52,7 +53,7 @@ def features(clips: Path, encoder: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 def join(index: Index, features: Path, encoder: Path) -> Joined:
-    same = {name: FrozenTextEncoder(encoder, 16).identity()[name] for name in ("max_tokens", "fingerprint")}
+    same = {name: FrozenTextEncoder(encoder, 16).identity[name] for name in ("max_tokens", "fingerprint")}
     joined = open_join(index, [features], "train", content="text", expected=same)
     assert joined is not None
     return joined
@@ -96,12 +97,17 @@ def test_each_sample_comes_with_the_features_of_its_caption(
     assert {"", "a dog"} < seen and len({len(caption.split()) for caption in seen}) > 3
 
 
-def test_the_model_is_told_the_same(tiny: Tiny, clips: Path, encoder: Path, features: Path) -> None:
-    """Whether all, some or none of a batch were encoded beforehand."""
+@pytest.mark.parametrize("of", ["the same encoder", "another encoder"])
+def test_the_model_is_told_the_same(
+    tiny: Tiny, clips: Path, encoder: Path, features: Path, tmp_path: Path, of: str
+) -> None:
+    """Whether all, some or none of a batch were encoded beforehand; pooled text comes of the same encoder or not."""
+    pools = save_clip(tmp_path / "pools", seed=1) if of == "another encoder" else None
     given = [*READS, "model.pooled_features=16", f"text_from={encoder}", f"vae_from={tiny.vae}"]
+    given += [f"pooled_from={pools or encoder}"]
     config = compose("train", ["experiment=tiny", f"data.shards={clips}", *given])
-    encodes = FrozenTextEncoder(encoder, 16)
-    objective = DiTObjective(config.model, config.diffusion, load_vae(tiny.vae)[0], encodes, seed=3, rank=ALONE)
+    encoders = open_encoders(config, asdict(config.model), ALONE.device, {})
+    objective = DiTObjective(config.model, config.diffusion, load_vae(tiny.vae)[0], encoders, seed=3, rank=ALONE)
     for parameter in objective.module.parameters():
         if parameter.abs().max() == 0:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -190,8 +196,8 @@ def test_rubbish_in_features_is_damage(tiny: Tiny, tmp_path: Path, tensors: dict
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["data.text=t"], "data.text: the model reads no features of a text encoder"),
-        (["data.shards=null", "data.sets=[{shards: s, text: t}]"], "data.sets.text: the model reads no features"),
+        (["data.text=t"], r"data\.text: model\.text_features is 0, so the model reads no features of captions"),
+        (["data.shards=null", "data.sets=[{shards: s, text: t}]"], r"data\.sets\.text: model\.text_features is 0"),
         (
             ["data.text=t", "data.shards=null", "data.sets=[{shards: s}]"],
             "data.text: is of the captions of data.shards",

@@ -50,7 +50,9 @@ def folders(tmp_path: Path) -> list[Path]:
 
 
 def assert_same(one: Index, other: Index) -> None:
-    assert (one.shard_paths, one.set_shards, one.removed) == (other.shard_paths, other.set_shards, other.removed)
+    assert list(one.shard_paths) == list(other.shard_paths)
+    assert list(one.shard_paths[-3:]) == list(other.shard_paths)[-3:]
+    assert (one.set_shards, one.removed) == (other.set_shards, other.removed)
     assert (one.counts, one.fingerprint()) == (other.counts, other.fingerprint())
     for name in ("by_key", *COLUMNS):
         mine, theirs = getattr(one, name), getattr(other, name)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,14 +14,15 @@ from torch import Tensor, nn
 
 from sora_lite.config import LoraConfig
 from sora_lite.errors import UserError
-from sora_lite.generation.export import load_transformer, read_contract
+from sora_lite.generation.export import load_transformer, read_contract, write
+from sora_lite.generation.layouts import write_folder
 from sora_lite.models.conditions import Conditions
 from sora_lite.models.dit import VideoDiT
 from sora_lite.models.lora import Adapters, linear_layers
 from sora_lite.training.lora import adapt
 
 peft = pytest.importorskip("peft")
-pytest.importorskip("diffusers")
+WanTransformer3DModel = pytest.importorskip("diffusers").WanTransformer3DModel
 
 PER_BLOCK = ["attention.qkv", "attention.out", "mlp.0", "mlp.2", "cross.q", "cross.kv", "cross.out"]
 
@@ -93,6 +95,34 @@ def test_merged_and_saved_adapters_are_the_trained_ones(wan: Path, tmp_path: Pat
     assert torch.equal(output(injected), expected)
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (settings["r"], settings["lora_alpha"], settings["base_model_name_or_path"]) == (3, 4.5, str(wan))
+
+
+def test_diffusers_takes_the_adapters_onto_the_base(wan: Path, tmp_path: Path) -> None:
+    """All linear layers that there are: fused ones, the patches, which are a convolution there, and the embedders."""
+    module, adapters = adapted(wan, rank=3, alpha=4.5, targets=["*"])
+    for parameter in trained(module).values():
+        nn.init.normal_(parameter, std=0.1)
+    contract = replace(read_contract(wan, "dit")[1], base="of the import")
+    write(tmp_path / "merged", contract, adapters.merge(load_transformer(wan)[0].state_dict(), trained(module)))
+    adapters.write(tmp_path / "merged/adapter", trained(module), str(wan))
+    write_folder(tmp_path / "merged", tmp_path / "theirs")
+
+    draw = torch.Generator().manual_seed(2)
+    x, text = torch.randn(2, 4, 3, 4, 6, generator=draw), torch.randn(2, 7, 10, generator=draw)
+    base, merged = tiny_wan(), WanTransformer3DModel.from_pretrained(tmp_path / "theirs")
+    with torch.no_grad():
+        start = base(x, timestep=torch.tensor([500.0, 20.0]), encoder_hidden_states=text).sample
+        base.load_lora_adapter(str(tmp_path / "theirs"), weight_name="pytorch_lora_weights.safetensors")
+        loaded, all_of_it = (
+            one.eval()(x, timestep=torch.tensor([500.0, 20.0]), encoder_hidden_states=text).sample
+            for one in (base, merged)
+        )
+    assert (loaded - start).abs().max() > 0.1
+    torch.testing.assert_close(loaded, all_of_it, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(loaded, output(module), rtol=1e-5, atol=2e-5)
+    (tmp_path / "merged/adapter/adapter_model.safetensors").write_bytes(b"rubbish")
+    with pytest.raises(UserError, match="merged/adapter: holds no adapters that can be read"):
+        write_folder(tmp_path / "merged", tmp_path / "theirs")
 
 
 def test_names_of_layers() -> None:

@@ -88,6 +88,16 @@ def test_dry_run_prints_the_command_and_touches_nothing(
         ([], "data.shards: shards/manifest.json does not exist"),
         (["data.shards=https://host/shards", "data.latents=made"], "data.latents: made/manifest.json does not exist"),
         (["data.shards=https://host/shards", "data.latents=https://host/made"], "vae_from: the folder runs/vae does"),
+        (
+            [
+                "data.shards=https://host/shards",
+                "vae_from=.",
+                "model.text=null",
+                "model.text_features=9",
+                "text_from=t5",
+            ],
+            "text_from: the folder t5 does not exist",
+        ),
     ],
 )
 def test_refusals_are_one_line_that_names_the_cause(

@@ -24,7 +24,7 @@ FRAMES, SIDE = 5, 32
 """Of the latent: 5 x 16 x 16 = 1,280 tokens."""
 TEXT_TOKENS, TEXT_WIDTH = 64, 128
 SGEMM_SIDE = 1536
-ROUNDS = 7
+ROUNDS = 5
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

@@ -77,10 +77,11 @@ def test_losses_and_gradients_at_every_stage(world: int, tmp_path: Path) -> None
                 torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.timeout(480)
 def test_a_compiled_run_goes_on_without_and_back(tiny: Tiny, tmp_path: Path) -> None:
     words = [
         "train", "experiment=tiny", f"vae_from={tiny.vae}", f"data.shards={tiny.shards}", f"run.root={tmp_path}",
-        "run.save_every=2", "run.validate_every=2", "run.sample_every=2",
+        "run.save_every=2", "run.validate_every=0",
     ]  # fmt: skip
     for steps, compiled in ((2, "true"), (4, "false"), (6, "true")):
         assert call(*words, f"run.steps={steps}", f"parallel.compile={compiled}") == 0

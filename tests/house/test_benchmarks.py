@@ -18,7 +18,7 @@ from project_tree import ROOT
         ("cuts", ("detector=luma", "detector=transnet")),
         ("packing", ("sora_lite", "together")),
         ("decoding", ("plain PyAV", "decoder=pyav")),
-        ("dit", ("sora_lite", "CogVideoX")),
+        pytest.param("dit", ("sora_lite", "CogVideoX"), marks=pytest.mark.timeout(600)),  # compiles four models
     ],
 )
 def test_benchmark_runs(table: str, rows: tuple[str, ...]) -> None:

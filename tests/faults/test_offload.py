@@ -1,8 +1,8 @@
 """The optimizer's state in the host's memory: what it needs is compiled in spite of kills, and it trains the same."""
 
+import contextlib
 import itertools
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -48,21 +48,25 @@ def extensions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of extensions in which a first build was killed without warning, and a second start succeeded."""
     folder = tmp_path_factory.mktemp("extensions")
     words = [sys.executable, "-c", START, str(folder), *sys.path]
-    killed = subprocess.Popen(words, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    killed = subprocess.Popen(words)
+    compilers: list[psutil.Process] = []
     try:
         end = time.monotonic() + 120
-        while not any(one.name() == "cc1plus" for one in psutil.Process(killed.pid).children(recursive=True)):
+        while not any(one.name() == "cc1plus" for one in compilers):
             assert time.monotonic() < end and killed.poll() is None, "it never compiled"
             time.sleep(0.05)
+            compilers = psutil.Process(killed.pid).children(recursive=True)
         killed.kill()
         killed.wait()
         assert (folder / "cpu_adam/lock").exists(), "what torch would wait for, for ever"
         plain, _, _ = dm.train_plainly()
         for losses in run_ranks(2, train, folder / "results", str(folder), timeout=BUILD_SECONDS):
             assert losses == pytest.approx(plain, abs=1e-5)
-    finally:  # its compilers, where they still run
-        os.killpg(killed.pid, signal.SIGKILL)
-        killed.stderr.close()
+    finally:
+        killed.kill()
+        for one in compilers:  # where they still run
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
     assert not (folder / "cpu_adam/lock").exists()
     assert list((folder / "cpu_adam").glob("*.so"))
     return folder

@@ -110,9 +110,10 @@ def open_encoders(
     Raises:
         UserError: one is not given or not needed, or is not the one that the model reads.
     """
+    given = {"text_from": config.text_from, "pooled_from": config.pooled_from}
     encoders: dict[str, FrozenTextEncoder] = {}
     for key, name in STREAMS.items():
-        folder, width, known = getattr(config, key), architecture[name], expected.get(key)
+        folder, width, known = given[key], architecture[name], expected.get(key)
         if not width and folder is not None:
             raise UserError(f"{key}: the model has no {name}; leave {folder} out")
         if not width:

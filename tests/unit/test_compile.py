@@ -59,6 +59,7 @@ def test_compiled_blocks_change_nothing_but_speed(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("recompute", [False, True])
 def test_every_kind_at_every_shape(kind: str, recompute: bool) -> None:

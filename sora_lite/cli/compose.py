@@ -67,6 +67,8 @@ def compose_tree(root: str, overrides: list[str]) -> DictConfig:
             return tree
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error, root)) from error
+    except AssertionError as error:  # OmegaConf's, for a key below one that is null
+        raise UserError(_below_null(root, overrides)) from error
 
 
 def to_yaml(root: str, overrides: list[str]) -> str:
@@ -111,6 +113,18 @@ def _explain(error: Exception, root: str) -> str:
         group, choice = match.groups()
         return f"{group}={choice}: no such choice; {_nearest(choice, choices(group))}"
     return " ".join(lines)
+
+
+def _below_null(root: str, overrides: list[str]) -> str:
+    """One line for an override whose group is null by a choice or by another override."""
+    below = [one for one in overrides if "." in one.partition("=")[0] and not one.endswith("=null")]
+    tree = compose_tree(root, [one for one in overrides if one not in below])
+    for one in below:
+        key = one.partition("=")[0]
+        group = key.rpartition(".")[0]
+        if OmegaConf.select(tree, group) is None:
+            return f"{key}: {group} is null, so it has no settings; leave {one} out, or choose another {group}"
+    return f"{', '.join(below)}: a setting below one that is null"
 
 
 def _unknown_key(key: str, root: str) -> str:

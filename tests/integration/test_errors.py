@@ -76,6 +76,7 @@ class TestConfiguration:
 
     def test_mistyped_choice_and_verb(self, tiny: Tiny, tmp_path: Path, refused: Refused) -> None:
         assert "video_tiny" in refused(*train_words(tiny, tmp_path, "model=video_tinny"))
+        assert "model.text is null" in refused(*train_words(tiny, tmp_path, "model.text=null", "model.text.width=3"))
         assert "did you mean train" in refused("trian")
 
     def test_wrong_type(self, tiny: Tiny, tmp_path: Path, refused: Refused) -> None:

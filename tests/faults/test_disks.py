@@ -16,7 +16,6 @@ from sora_lite.parallel.env import Rank
 from sora_lite.training import restore, store
 
 pytestmark = pytest.mark.dist
-MIB = 2**20
 
 
 @pytest.fixture
@@ -60,9 +59,8 @@ def spoil_and_save(rank: Rank, disk: str, fault: str) -> list[str]:
             store.write_hashed = fill_first  # type: ignore[assignment]
     elif rank.is_main:
         if fault == "full":
-            (root / "filler0").write_bytes(
-                bytes(8 * MIB - 64 * 1024 - sum(f.stat().st_size for f in folder.rglob("*")))
-            )
+            room = os.statvfs(root)
+            (root / "filler0").write_bytes(bytes((room.f_bavail - 2) * room.f_frsize))
         elif fault == "no inodes":
             for number in range(os.statvfs(root).f_favail - 3):
                 (root / f"filler{number}").touch()

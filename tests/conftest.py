@@ -4,6 +4,7 @@ And what many need: a small data set, and a VAE for it.
 """
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,9 @@ os.environ["WANDB_SILENT"] = "true"
 for name in list(os.environ):
     if name.startswith(("SLURM_", "SBATCH_", "SRUN_")) or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
         del os.environ[name]
+
+# A shell starts what runs in its background with Ctrl-C ignored, and so would be all that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -336,11 +336,10 @@ def test_a_program_that_is_not_there_is_named() -> None:
 
 
 ASK = """
-import resource, signal, sys
+import resource, sys
 from data_tools.caption import CaptionItem, caption_clips
 from data_tools.config import CaptionConfig, CaptionSource
 resource.setrlimit(resource.RLIMIT_AS, (8 << 30, resource.getrlimit(resource.RLIMIT_AS)[1]))
-signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored in what a shell starts in its background
 source, *rest = sys.argv[1:]
 which = {"url": rest[0]} if source == "http" else {"command": rest}
 settings = CaptionConfig(source=CaptionSource[source], model="some-model", prompt="What is this?",

@@ -68,7 +68,10 @@ def compose_tree(root: str, overrides: list[str]) -> DictConfig:
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error, root)) from error
     except AssertionError as error:  # OmegaConf's, for a key below one that is null
-        raise UserError(_below_null(root, overrides)) from error
+        line = _below_null(root, overrides)
+        if line is None:
+            raise
+        raise UserError(line) from error
 
 
 def to_yaml(root: str, overrides: list[str]) -> str:
@@ -115,16 +118,18 @@ def _explain(error: Exception, root: str) -> str:
     return " ".join(lines)
 
 
-def _below_null(root: str, overrides: list[str]) -> str:
-    """One line for an override whose group is null by a choice or by another override."""
+def _below_null(root: str, overrides: list[str]) -> str | None:
+    """One line for an override whose group is null by a choice or by another override; None if there is none."""
     below = [one for one in overrides if "." in one.partition("=")[0] and not one.endswith("=null")]
+    if not below:
+        return None
     tree = compose_tree(root, [one for one in overrides if one not in below])
     for one in below:
         key = one.partition("=")[0]
         group = key.rpartition(".")[0]
         if OmegaConf.select(tree, group) is None:
             return f"{key}: {group} is null, so it has no settings; leave {one} out, or choose another {group}"
-    return f"{', '.join(below)}: a setting below one that is null"
+    return None
 
 
 def _unknown_key(key: str, root: str) -> str:

@@ -326,7 +326,7 @@ class ClipLoader:
         self._pin, self._say = pin, say
         reader = ClipReader(index, cache_bytes=cache_bytes, decoder=decoder, latents=latents, text=text)
         self._dataset = _MicroBatches(reader, self.order, seed, flip, (rank, world_size, accumulation))
-        self.workers = Workers(self._dataset, workers, timeout=worker_timeout, say=say)
+        self.workers = Workers(self._dataset, workers, timeout=worker_timeout, together=accumulation, say=say)
         cache = index.shard_cache or default_cache()
         self._prefetcher = Prefetcher(cache, self._dataset.remote_shards) if reader.is_remote() else None
 

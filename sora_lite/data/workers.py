@@ -28,7 +28,7 @@ Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 
 AHEAD = 2
-"""Items that each worker is asked for at a time. So many answers of each worker may lie in memory, and three more: the
+"""Items that each worker is asked for at a time, at least. So many answers of each worker may lie in memory, and three more: the
 one that it makes, and those of the steps that training works on and goes on to."""
 MAX_RESTARTS = 3
 """How often a worker may be started anew for one item."""
@@ -44,6 +44,7 @@ class Workers(Generic[Item, Answer]):
             raises is raised to whoever waits for the answer.
         count: 0 does all of it in this process.
         timeout: seconds that an answer is waited for before its worker counts as hanging.
+        together: answers that are used at the same time. Those after them are made meanwhile, however few the workers.
         say: told of every restart.
     """
 
@@ -53,9 +54,11 @@ class Workers(Generic[Item, Answer]):
         count: int,
         *,
         timeout: float,
+        together: int = 1,
         say: Callable[[str], None] = print,
     ) -> None:
         self.make, self.count, self.timeout, self.say = make, count, timeout, say
+        self._ahead = max(count * AHEAD, 2 * together)
         self.restarts = 0
         """Workers that were started anew."""
         self.processes: list[int] = []
@@ -73,7 +76,7 @@ class Workers(Generic[Item, Answer]):
         turn = 0
         try:
             while True:
-                for item in islice(source, self.count * AHEAD - len(owed)):
+                for item in islice(source, self._ahead - len(owed)):
                     worker = workers[turn % self.count]
                     worker.ask(item)
                     owed.append(worker)

@@ -6,7 +6,7 @@ joint text), or Wan2.1's text-to-video model.
 Shapes: B batch, C latent channels, T H W latent frames and cells, N tokens, M text tokens, D width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -119,18 +119,22 @@ class VideoDiT(nn.Module):
             modulation=modulation,
         )  # fmt: skip
         self.modulation = PerBlock(width, 6) if modulation == "shared" else None
-        blocks: list[nn.Module] = []
-        for number in range(depth):
-            if self.joint:
-                blocks.append(JointBlock(style, last=number == depth - 1))
-                continue
-            along_time = self.factorised and number % 2 == 1
-            context = (text["width"] if text else width) if reads_text and not along_time else None
-            span = "all" if not self.factorised else "time" if along_time else "frame"
-            blocks.append(DiTBlock(style, context, cross_norm=cross_norm, span=span))
-        self.blocks = nn.ModuleList(blocks)
+        context = (text["width"] if text else width) if reads_text else None
+        self.blocks = nn.ModuleList(self._blocks(style, depth, context, cross_norm))
         self.final = FinalLayer(style, (2 if learn_variance else 1) * channels * cells)
         self.initialize_weights()
+
+    def _blocks(self, style: BlockStyle, depth: int, context: int | None, cross_norm: bool) -> Iterator[nn.Module]:
+        """context: width of the text; None for a model without."""
+        for number in range(depth):
+            if self.joint:
+                yield JointBlock(style, last=number == depth - 1)
+            elif not self.factorised:
+                yield DiTBlock(style, context, cross_norm=cross_norm, span="all")
+            elif number % 2 == 0:
+                yield DiTBlock(style, context, cross_norm=cross_norm, span="frame")
+            else:
+                yield DiTBlock(style, None, cross_norm=cross_norm, span="time")
 
     def initialize_weights(self) -> None:
         """The paper's initialisation, and zeros or small numbers for the parts that it does not have."""

@@ -97,7 +97,7 @@ def test_five_kills(background: bool, tmp_path: Path, tiny: Tiny) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(9000)
+@pytest.mark.timeout(3000)
 @pytest.mark.parametrize("background", [False, True])
 def test_a_hundred_kills(background: bool, tmp_path: Path, tiny: Tiny) -> None:
     kill_many(tiny, tmp_path, kills=100, seed=2, background=background)

@@ -28,7 +28,7 @@ class Loader:
     """As `ClipLoader`, of batches that cost no decoding."""
 
     def __init__(self, make: Callable[[tuple[int, int], Allocate], ClipBatch], workers: int) -> None:
-        self.workers = Workers(make, workers, timeout=20)
+        self.workers = Workers(make, workers, timeout=20, together=PASSES)
 
     def ready(self) -> bool:
         return self.workers.ready(PASSES)
@@ -53,7 +53,7 @@ def test_order_and_content_are_unchanged(workers: int) -> None:
     handover = Handover(Loader(lambda item, _: batch_of(*item), workers), 3, STOP, torch.device("cpu"))
     kept: list[tuple[int, Tensor]] = []
     for step in range(3, STOP):
-        if workers > 1 and step % 3 == 1:  # one alone is not asked for a whole step ahead
+        if workers and step % 3 == 1:
             assert patiently(handover)
         handover.ahead()
         handover.ahead()  # more often changes nothing

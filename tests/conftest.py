@@ -58,3 +58,14 @@ def latents(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     buckets = "buckets=[{resolution: [32, 32], frames: 17}]"
     assert sora_data(["encode", str(tiny.shards), str(out), f"vae_from={tiny.vae}", buckets, "workers=0"]) == 0
     return out
+
+
+@pytest.fixture(scope="session")
+def tiny_mp4s(tiny: Tiny) -> list[bytes]:
+    """24 files of 17 frames of 32x32 each."""
+    from sora_lite.data.index import Index
+
+    index = Index.load(tiny.shards, "train")
+    content = index.shard_paths[0].read_bytes()
+    places = zip(index.media_offset.tolist(), index.media_size.tolist(), strict=True)
+    return [content[offset : offset + size] for offset, size in places][:24]

@@ -86,5 +86,6 @@ def merge(folder: Path, lora: dict[str, Any], trained: dict[str, Tensor], init_f
             f"init_from: {base} holds other weights than those that the adapters were trained on (SHA-256 "
             f"{contract.sha256[:16]}, not {lora['sha256'][:16]}); give the folder that holds these"
         )
+    exports.begin(folder.parent)  # adapters and the merged weights beside them are of one checkpoint
     adapters.write(folder, trained, base)
     return adapters.merge(frozen, trained)

@@ -28,8 +28,8 @@ Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 
 AHEAD = 2
-"""Items that each worker is asked for at a time, at least. So many answers of each worker may lie in memory, and three more: the
-one that it makes, and those of the steps that training works on and goes on to."""
+"""Items that each worker is asked for at a time, at least. So many answers of each worker may lie in memory, and three
+more: the one that it makes, and those of the steps that training works on and goes on to."""
 MAX_RESTARTS = 3
 """How often a worker may be started anew for one item."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt

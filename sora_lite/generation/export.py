@@ -58,10 +58,15 @@ class Contract:
     format: int = FORMAT
 
 
+def begin(folder: Path) -> None:
+    """What is in a folder is no export any more, until it is written anew."""
+    (folder / _CONTRACT).unlink(missing_ok=True)
+
+
 def write(folder: Path, contract: Contract, weights: Mapping[str, Tensor]) -> None:
     """Write an export. The contract comes last, so that a folder with a contract is whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / _CONTRACT).unlink(missing_ok=True)
+    begin(folder)
     save_file({name: tensor.float().contiguous() for name, tensor in weights.items()}, folder / _WEIGHTS)
     contract.sha256 = _sha256(folder / _WEIGHTS)
     temporary = folder / f"{_CONTRACT}.tmp"

@@ -32,20 +32,12 @@ BUCKETS = "buckets=[{resolution: [32, 32], frames: 17}]"
 
 
 @pytest.fixture(scope="module")
-def clips(tiny: Tiny) -> list[bytes]:
-    index = Index.load(tiny.shards, "train")
-    content = index.shard_paths[0].read_bytes()
-    places = zip(index.media_offset.tolist(), index.media_size.tolist(), strict=True)
-    return [content[offset : offset + size] for offset, size in places][:24]
-
-
-@pytest.fixture(scope="module")
-def written(clips: list[bytes], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def written(tiny_mp4s: list[bytes], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Index of shards by webdataset's own writer, whose keys no file of ours may have as a name."""
     folder = tmp_path_factory.mktemp("written")
     (folder / "theirs").mkdir()
     with webdataset.ShardWriter(str(folder / "theirs/%04d.tar"), maxcount=10, verbose=0) as writer:
-        for i, clip in enumerate(clips):
+        for i, clip in enumerate(tiny_mp4s):
             writer.write({"__key__": f"../set.v1/clip é {i:03d}", "mp4": clip, "txt": f"the digit {i}", "cls": i % 10})
     assert sora_data("index", folder / "theirs", folder / "index", "validation_fraction=0.3", "workers=0") == 0
     return folder / "index"
@@ -135,7 +127,7 @@ def test_training_from_them_decodes_nothing(
 
 
 def test_the_layout_of_video2dataset_grows(
-    tiny: Tiny, clips: list[bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Tiny, tiny_mp4s: list[bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its shards number alike, so that keys change when a second one comes; what they were made of decides."""
     folder, latents, text = tmp_path / "v2d", tmp_path / "latents", tmp_path / "text"
@@ -153,10 +145,10 @@ def test_the_layout_of_video2dataset_grows(
         assert sora_data("encode", folder, latents, f"vae_from={tiny.vae}", BUCKETS, "workers=0") == 0
         assert sora_data("encode", folder, text, f"text_from={encoder}", "max_tokens=16", "workers=0") == 0
 
-    write(0, clips[:4])
+    write(0, tiny_mp4s[:4])
     encode()
     assert (join(folder, latents).rows >= 0).all()
-    write(1, clips[4:9])
+    write(1, tiny_mp4s[4:9])
     assert (join(folder, latents).rows < 0).all()  # 00000 is called part/00000/00000 now
     encode()
     index = Index.load(folder, "train")
@@ -167,7 +159,7 @@ def test_the_layout_of_video2dataset_grows(
     for i, row in enumerate(joined.rows.tolist()):
         features = FrozenTextEncoder(encoder, 16)([f"a dog {i if i < 4 else i - 4}"]).features
         np.testing.assert_array_equal(Members(joined.index).tensors(row)["features"], features.numpy())
-    write(1, clips[5:10])  # the same keys, other clips
+    write(1, tiny_mp4s[5:10])  # the same keys, other clips
     assert sora_data("verify", folder, "workers=0") == 0
     with pytest.raises(UserError, match=r"was made of another clip of this key \(5 such\)"):
         join(folder, latents)

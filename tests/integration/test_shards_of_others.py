@@ -58,21 +58,12 @@ def mp4() -> bytes:
     return stamped.h264(":open-gop=1")
 
 
-@pytest.fixture(scope="module")
-def clips(tiny: Tiny) -> list[bytes]:
-    """17 frames of 32x32 each."""
-    index = Index.load(tiny.shards, "train")
-    content = index.shard_paths[0].read_bytes()
-    places = zip(index.media_offset.tolist(), index.media_size.tolist(), strict=True)
-    return [content[offset : offset + size] for offset, size in places][:24]
-
-
-def test_what_webdataset_writes_is_trained_on(tiny: Tiny, clips: list[bytes], tmp_path: Path) -> None:
+def test_what_webdataset_writes_is_trained_on(tiny: Tiny, tiny_mp4s: list[bytes], tmp_path: Path) -> None:
     """ShardWriter's own shards, read only, with the index elsewhere."""
     folder, out = tmp_path / "theirs", tmp_path / "index"
     folder.mkdir()
     with webdataset.ShardWriter(str(folder / "%04d.tar"), maxcount=10, verbose=0) as writer:
-        for i, clip in enumerate(clips):
+        for i, clip in enumerate(tiny_mp4s):
             writer.write({"__key__": f"set.v1/clip {i:03d}", "mp4": clip, "txt": f"digit é {i}", "cls": i % 10})
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert sora_data("index", folder, out, "validation_fraction=0.3", "workers=2") == 0

@@ -34,16 +34,8 @@ def remount(folder: Path, how: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{how}", str(folder)], check=True)
 
 
-def spoil_and_save(rank: Rank, disk: str, fault: str) -> list[str]:
-    """Save, spoil the disk, save again as an error and as a warning, mend it, save; what was said."""
-    engine, ema = make(rank)
-    dm.train_step(engine, 0, ema)
-    root, folder = Path(disk), Path(disk) / "checkpoints"
-    save(engine, ema, folder, 1)
-    said: list[str] = []
-    stopping = saver_of(engine, ema, folder, on_failure=STOP, background=True)
-    warning = saver_of(engine, ema, folder, on_failure=WARN, background=True, say=said.append)
-    dm.train_step(engine, 1, ema)
+def spoil(rank: Rank, root: Path, fault: str) -> None:
+    """Plant a fault that needs no other user, on the rank that it is for."""
     write = store.write_hashed
     if fault == "full while writing":
 
@@ -66,6 +58,20 @@ def spoil_and_save(rank: Rank, disk: str, fault: str) -> list[str]:
                 (root / f"filler{number}").touch()
         elif fault == "read-only":
             remount(root, "ro")
+
+
+def spoil_and_save(rank: Rank, disk: str, fault: str) -> list[str]:
+    """Save, spoil the disk, save again as an error and as a warning, mend it, save; what was said."""
+    engine, ema = make(rank)
+    dm.train_step(engine, 0, ema)
+    root, folder = Path(disk), Path(disk) / "checkpoints"
+    save(engine, ema, folder, 1)
+    said: list[str] = []
+    stopping = saver_of(engine, ema, folder, on_failure=STOP, background=True)
+    warning = saver_of(engine, ema, folder, on_failure=WARN, background=True, say=said.append)
+    dm.train_step(engine, 1, ema)
+    write = store.write_hashed
+    spoil(rank, root, fault)
     rank.barrier()
     if fault == "no permission":
         os.seteuid(65534)

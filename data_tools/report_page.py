@@ -20,6 +20,7 @@ from data_tools import filters
 from data_tools.config import SCORES, CaptionSource, DataConfig
 from data_tools.filters import Threshold
 from data_tools.job import Job
+from data_tools.locations import open_source
 from data_tools.look import encode_jpeg
 from data_tools.plan import Plan, crop_box, score_columns
 from data_tools.pool import Rows, Task, beat
@@ -36,7 +37,6 @@ from data_tools.report import (
     tally,
 )
 from data_tools.score import MEANINGS
-from data_tools.sources import open_source
 from data_tools.split import Clip, Media
 from data_tools.state import Unit, outcomes
 from sora_lite.data.video import BadVideo, read_frames

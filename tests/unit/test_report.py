@@ -16,9 +16,10 @@ from data_tools import plan as planning
 from data_tools import report, report_page
 from data_tools.config import SCORES, DataConfig, parse
 from data_tools.job import Job
+from data_tools.lists import Row
 from data_tools.plan import Packed, Plan
 from data_tools.probe import Probed, probe_key
-from data_tools.sources import Row, Source
+from data_tools.sources import Source
 from sora_lite.data.shards import Manifest, Sample, ShardWriter
 from sora_lite.data.video import VideoFacts
 

@@ -12,7 +12,8 @@ import pyarrow as pa
 from PIL import Image
 
 from data_tools.caption import CaptionItem, caption_clips
-from data_tools.config import SCORES, CaptionConfig, ScoreConfig, parse, plain
+from data_tools.compose import parse
+from data_tools.config import SCORES, CaptionConfig, ScoreConfig, plain
 from data_tools.locations import open_source
 from data_tools.pool import Rows, Task, beat
 from data_tools.score import Scorer, look_size, looks

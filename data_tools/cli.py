@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.config import BucketsConfig, DataConfig, IndexConfig, help_text, parse
+from data_tools.compose import help_text, parse
+from data_tools.config import BucketsConfig, DataConfig, IndexConfig
 from data_tools.encode import EncodeConfig
 from sora_lite.cli import run_verb
 from sora_lite.errors import UserError

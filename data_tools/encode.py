@@ -23,8 +23,8 @@ import pyarrow as pa
 
 from data_tools.config import Executor, WorkConfig, digest
 from data_tools.job import locked
+from data_tools.locations import printable
 from data_tools.pool import Rows, Task, beat
-from data_tools.sources import printable
 from data_tools.state import Table, Unit, complete
 from sora_lite.config import BucketRule
 from sora_lite.data.buckets import Row, choose

@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from data_tools.config import IndexConfig, digest
 from data_tools.job import locked
+from data_tools.locations import printable
 from data_tools.pool import Outcome, Rows, Task, beat, run_tasks
-from data_tools.sources import printable
 from sora_lite.data.shards import (
     INDEX_SCHEMA,
     MANIFEST,

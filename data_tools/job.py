@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from data_tools import look, pack, probe, split
 from data_tools import plan as planning
-from data_tools.config import CaptionConfig, CaptionSource, DataConfig, parse, plain
+from data_tools.compose import parse
+from data_tools.config import CaptionConfig, CaptionSource, DataConfig, plain
 from data_tools.plan import Packed, Plan, Rows
 from data_tools.pool import Function
 from data_tools.sources import SOURCES_SCHEMA, Source, find_sources

@@ -33,7 +33,8 @@ from tqdm import tqdm
 
 from data_tools import encode
 from data_tools import job as stages
-from data_tools.config import DataConfig, WorkConfig, parse, plain
+from data_tools.compose import parse
+from data_tools.config import DataConfig, WorkConfig, plain
 from data_tools.pack import PARTS
 from data_tools.pool import Rows
 from data_tools.state import Table, Unit, work

@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 from tqdm import tqdm
 
+from data_tools.locations import printable
 from data_tools.pool import Rows, Task, beat, run_tasks
-from data_tools.sources import printable
 from sora_lite.data.index import read_index
 from sora_lite.data.shards import (
     ENCODED,

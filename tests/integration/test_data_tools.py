@@ -22,9 +22,10 @@ from PIL import Image
 
 from data_tools.cli import main
 from data_tools.config import DataConfig, PackConfig, SplitConfig
+from data_tools.lists import Row
 from data_tools.probe import Probed
 from data_tools.probe import facts_of as facts_of_row
-from data_tools.sources import Row, Source
+from data_tools.sources import Source
 from data_tools.split import Media, clip_size, frames_at_rate, held_out, tile
 from sora_lite.data.index import Index
 from sora_lite.data.shards import Manifest, ShardReader

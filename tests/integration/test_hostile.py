@@ -29,8 +29,8 @@ import stamped
 from data_tools import pack
 from data_tools.cli import main
 from data_tools.job import Job
+from data_tools.locations import printable
 from data_tools.pool import run_tasks
-from data_tools.sources import printable
 from sora_lite.data.index import Index
 from sora_lite.data.loader import ClipReader
 from sora_lite.data.shards import DamagedSample, Manifest, ShardReader

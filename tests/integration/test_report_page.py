@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from data_tools.cli import main
-from data_tools.report_page import BOX
+from data_tools.report_frames import BOX
 from sora_lite.data.video import write_mp4
 
 TAG = "<img src=x onerror=alert(1)>.mp4"

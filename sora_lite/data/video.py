@@ -680,7 +680,15 @@ class _Reader:
             self.file.seek(0)
             self.demuxer, self.stream = _open(self.file, self.container, self.limits, own=self.own)
         self.fresh = False
-        return self.demuxer.demux(self.stream)
+        return self._demux()
+
+    def _demux(self) -> "Iterator[Packet[VideoStream]]":
+        """The packets from here on.
+
+        PyAV's own generator frees its memory at its end or when it is closed, but not when it is dropped, as this one
+        is: 200 bytes a clip, and the holes that these keep open in the heap made workers grow.
+        """
+        yield from self.demuxer.demux(self.stream)
 
     def _sought(self, start: int) -> Iterator[tuple[int, VideoFrame]] | None:
         """Frames after a seek whose first is at or before `start`, which a seek to that time alone may miss: a header
@@ -696,7 +704,7 @@ class _Reader:
                 self.demuxer.seek(target, stream=self.stream)
             except av.FFmpegError:  # no such place in its index
                 return None
-            decoded = _if_early(self._decode(self.demuxer.demux(self.stream), whole=False), start)
+            decoded = _if_early(self._decode(self._demux(), whole=False), start)
             if decoded is not None:
                 return decoded
         return None

@@ -1,5 +1,6 @@
 """Decoding: the right frames, upright, in the right colours, and a clear reason where that cannot be."""
 
+import ctypes
 import io
 import itertools
 import math
@@ -558,6 +559,25 @@ def test_small_clips_decode_fast() -> None:
     for _ in range(50):
         decode_clip(clip, frames=17, fps=8.0)
     assert (time.process_time() - start) / 50 < 0.02  # measured: about 1 ms
+
+
+class Malloc(ctypes.Structure):
+    """What glibc's `mallinfo2` says of the heap. used: bytes that were asked for and not given back."""
+
+    _fields_ = [("before", ctypes.c_size_t * 7), ("used", ctypes.c_size_t), ("after", ctypes.c_size_t * 2)]
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="counts what glibc has given away")
+@pytest.mark.parametrize("wanted", [{}, {"fps": 4.0}, {"start_frame_offset": 3}], ids=["own", "rate", "offset"])
+def test_a_clip_that_was_decoded_leaves_no_memory_behind(wanted: dict[str, float]) -> None:
+    mallinfo2 = ctypes.CDLL(None).mallinfo2
+    mallinfo2.restype = Malloc
+    for data in (encode_mp4(stamped(), 8, 30), muxed(stamped())):  # the latter is read from its beginning
+        for calls in (20, 200):  # the first fill what is kept
+            before = mallinfo2().used
+            for _ in range(calls):
+                decode_clip(data, frames=5, **wanted)
+        assert mallinfo2().used - before < 100 * calls  # a packet alone has 104 bytes
 
 
 def test_a_few_bytes_that_fill_many_pixels_are_a_bomb() -> None:

@@ -55,13 +55,15 @@ class RunConfig:
     log_every: int = 10
     """A line of metrics every so many steps."""
     save_every: int = 500
-    """A checkpoint every so many steps, and one at the end."""
+    """A kill costs at most so many steps: a checkpoint every so many, and one at the end; in the background every half
+    of it, as the newest one may still be on its way."""
     keep_last: int = 2
     """How many of the newest checkpoints to keep; with 2 or more there is another one where the newest is damaged."""
     keep_every: int = 0
     """Keep the checkpoints of steps that are multiples of this as well; 0 for none."""
     save_in_background: bool = True
-    """Copy the state to memory and write it while training goes on: takes as much memory as a rank's part of it."""
+    """Copy the state to memory and write it while training goes on: takes as much memory as a rank's part of it. A run
+    that saves every step waits."""
     on_failed_save: OnFailedSave = OnFailedSave.stop
     """`stop` or `warn` where a checkpoint cannot be written; that at the end must be written with both."""
     on_damage: OnDamage = OnDamage.fall_back

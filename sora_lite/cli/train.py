@@ -111,8 +111,8 @@ def start(config: TrainConfig | TrainVAEConfig, objective: DiTObjective | VAEObj
     checkpoints = Path(config.run.root) / config.run.name / "checkpoints"
     if rank.gather(any(checkpoints.glob("step_*")))[0]:
         return None
-    patch = tuple(objective.config.patch) if isinstance(objective, DiTObjective) else None
-    return start_from(Path(config.init_from), objective.name, objective.module, patch)
+    model = (objective.architecture, objective.process) if isinstance(objective, DiTObjective) else ()
+    return start_from(Path(config.init_from), objective.name, objective.module, *model)
 
 
 def check_buckets(config: BaseTrainConfig, objective: Objective) -> None:

@@ -32,7 +32,8 @@ from sora_lite.data.buckets import Row
 from sora_lite.data.index import Index
 from sora_lite.data.joined import Joined
 from sora_lite.data.loader import ClipLoader
-from sora_lite.data.shards import Manifest, Sample, ShardReader, ShardWriter
+from sora_lite.data.manifest import Manifest
+from sora_lite.data.shards import Sample, ShardReader, ShardWriter
 from sora_lite.data.video import encode_mp4
 
 FPS, SIZE, FRAMES, STRIDE = 24, (256, 456), 17, 4

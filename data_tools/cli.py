@@ -144,7 +144,7 @@ def _call(verb: str, words: list[str], rest: list[str]) -> None:
         case "remove" | "compact":
             from data_tools import takedown
             from data_tools.job import locked
-            from sora_lite.data.shards import Manifest
+            from sora_lite.data.manifest import Manifest
 
             Manifest.load(last)  # before a folder is made for a lock
             with locked(last):

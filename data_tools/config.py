@@ -7,7 +7,7 @@ from enum import Enum
 from typing import Any
 
 from sora_lite.config import Format, QueueConfig
-from sora_lite.data.shards import to_json
+from sora_lite.data.manifest import to_json
 from sora_lite.errors import UserError
 
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")

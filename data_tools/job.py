@@ -19,8 +19,10 @@ from data_tools.plan import Packed, Plan, Rows
 from data_tools.pool import Function
 from data_tools.sources import SOURCES_SCHEMA, Source, find_sources
 from data_tools.state import Table, Unit, complete, read_table, stage_hash, write_table
+from sora_lite.data.files import replace_file
 from sora_lite.data.index import Index
-from sora_lite.data.shards import MANIFEST, DamagedSample, Manifest, ShardReader, replace_file
+from sora_lite.data.manifest import MANIFEST, Manifest
+from sora_lite.data.shards import DamagedSample, ShardReader
 from sora_lite.errors import UserError
 
 STAGES = ("probe", "split", "score", "filter", "dedupe", "caption", "pack")

@@ -24,8 +24,10 @@ from data_tools.pool import Rows as WorkRows
 from data_tools.pool import Task, beat
 from data_tools.split import Clip, picks_of, stretch_task, stretches
 from data_tools.state import Table, Unit, outcomes, rows_of
+from sora_lite.data.files import replace_file
 from sora_lite.data.index import read_index
-from sora_lite.data.shards import Manifest, Sample, ShardWriter, replace_file
+from sora_lite.data.manifest import Manifest
+from sora_lite.data.shards import Sample, ShardWriter
 from sora_lite.data.video import Box, Limits, cut_clips
 from sora_lite.errors import UserError
 

@@ -11,7 +11,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from data_tools import filters
@@ -35,6 +34,7 @@ from data_tools.report_frames import Look, pictures
 from data_tools.report_histogram import HEIGHT, PERCENTILES, WIDTH, Histogram, figure, histogram, percent
 from data_tools.score import MEANINGS
 from data_tools.split import Clip, Media
+from sora_lite.evaluation.template import environment
 
 NEAR = 6
 """Clips shown on either side of a threshold, and of either end of a score without one."""
@@ -116,20 +116,14 @@ class Page:
         """The page, as HTML."""
         sections = [self._section(name, values) for name, values in self.columns.items()]
         cuts, pairs, captions = self._cuts(), self._pairs(), self._captions()
-        environment = jinja2.Environment(
-            loader=jinja2.FileSystemLoader(Path(__file__).parent),
-            autoescape=True,
-            undefined=jinja2.StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
-        environment.filters |= {
+        templates = environment(Path(__file__).parent)
+        templates.filters |= {
             "clock": clock,
             "counted": counted,
             "number": lambda count: f"{count:,}",
             "short": short,
         }
-        return environment.get_template("report.html.jinja").render(
+        return templates.get_template("report.html.jinja").render(
             title=short(self.job.folder.resolve().name),
             tallies=tally(self.plan),
             dropped=sum(media.dropped for media in self.plan.media),

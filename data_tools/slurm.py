@@ -40,7 +40,8 @@ from data_tools.pool import Rows
 from data_tools.state import Table, Unit, work
 from sora_lite.cli.compose import assets
 from sora_lite.cli.submit import job_command, submit
-from sora_lite.data.shards import ENCODED, replace_file
+from sora_lite.data.files import replace_file
+from sora_lite.data.manifest import ENCODED
 from sora_lite.errors import UserError
 
 FUNCTIONS = stages.FUNCTIONS | dict.fromkeys(ENCODED, encode.work)

@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 import stamped
 from PIL import Image
 
-from sora_lite.data.shards import INDEX_SCHEMA, Manifest, ShardEntry
+from sora_lite.data.manifest import Manifest, ShardEntry
+from sora_lite.data.shards import INDEX_SCHEMA
 
 FRAMES, HEIGHT, WIDTH = 20, 48, 64
 

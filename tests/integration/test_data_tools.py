@@ -28,7 +28,8 @@ from data_tools.probe import facts_of as facts_of_row
 from data_tools.sources import Source
 from data_tools.split import Media, clip_size, frames_at_rate, held_out, tile
 from sora_lite.data.index import Index
-from sora_lite.data.shards import Manifest, ShardReader
+from sora_lite.data.manifest import Manifest
+from sora_lite.data.shards import ShardReader
 from sora_lite.data.video import VideoFacts, decode_clip, encode_mp4, write_mp4
 
 GREY = 4

@@ -33,7 +33,8 @@ from data_tools.locations import printable
 from data_tools.pool import run_tasks
 from sora_lite.data.index import Index
 from sora_lite.data.loader import ClipReader
-from sora_lite.data.shards import DamagedSample, Manifest, ShardReader
+from sora_lite.data.manifest import Manifest
+from sora_lite.data.shards import DamagedSample, ShardReader
 from sora_lite.data.video import BadVideo, decode_clip
 from sora_lite.errors import UserError
 

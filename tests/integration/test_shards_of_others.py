@@ -17,7 +17,7 @@ from data_tools.cli import main
 from sora_lite.data.buckets import Row
 from sora_lite.data.index import Index
 from sora_lite.data.loader import ClipLoader, ClipReader
-from sora_lite.data.shards import Manifest
+from sora_lite.data.manifest import Manifest
 from sora_lite.evaluation.record import read_record
 
 Members = Iterable[tuple[str, bytes]]

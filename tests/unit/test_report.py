@@ -21,7 +21,8 @@ from data_tools.lists import Row
 from data_tools.plan import Packed, Plan
 from data_tools.probe import Probed, probe_key
 from data_tools.sources import Source
-from sora_lite.data.shards import Manifest, Sample, ShardWriter
+from sora_lite.data.manifest import Manifest
+from sora_lite.data.shards import Sample, ShardWriter
 from sora_lite.data.video import BadVideo, VideoFacts
 
 RULES = "filter.rules=[{score: motion, min: 0.25}, {score: sharpness, max_percentile: 90}]"

@@ -35,7 +35,8 @@ def test_a_run_starts_where_another_ended(
     source: Path, tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = words(tiny, tmp_path, f"init_from={source}", "optim.lr=1e-12", "run.steps=1", "run.save_every=1")
-    (tmp_path / "tiny" / "checkpoints").mkdir(parents=True)  # as a run that was killed before its first checkpoint
+    unfinished = tmp_path / "tiny" / "checkpoints" / "step_00000001.tmp-0000010badcafe"
+    unfinished.mkdir(parents=True)  # as a run that was killed while it wrote its first checkpoint
     assert call(*given) == 0
     said = capsys.readouterr().out
     rows = json.loads((tmp_path / "tiny" / "init_from.json").read_text())

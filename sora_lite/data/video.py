@@ -77,8 +77,8 @@ _BUFFER = 256 * 1024
 _HELD = 64 * 2**20
 """Most bytes of packets that are kept on the way to the last keyframe before a time."""
 
-Planes = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""A frame's red, green and blue, each uint8 (H, W)."""
+Planes = tuple[np.ndarray, np.ndarray, np.ndarray] | np.ndarray
+"""A frame's red, green and blue, each uint8 (H, W); one array of all three where the pixels are packed in memory."""
 Source = Path | bytes | BinaryIO
 """A file's path or content, or a binary file that is open for reading and can seek; its place in it does not matter."""
 
@@ -332,7 +332,7 @@ def decode_planes(
 
 def _planes_of(picture: np.ndarray) -> Planes:
     """Of uint8 (H, W, 3)."""
-    return picture[..., 0], picture[..., 1], picture[..., 2]
+    return picture.transpose(2, 0, 1)
 
 
 def _picked(

@@ -203,7 +203,7 @@ class Trainer:
             if result.left_out and self._rolls_back(result, micro_batches):
                 return
             # A checkpoint ends a line of the record too: whoever goes on from it averages over the same steps.
-            saves = self._due(self.save_every) or result.stopping
+            saves = self._saves() or result.stopping
             if self._due(run.log_every) or saves:
                 self._log(lr, result.grad_norm)
             if self._due(run.validate_every):
@@ -228,6 +228,12 @@ class Trainer:
 
     def _due(self, every: int) -> bool:
         return every > 0 and (self.step % every == 0 or self.step == self.config.run.steps)
+
+    def _saves(self) -> bool:
+        # While a checkpoint is on its way to the disk, the one before it is what a kill leaves: two must fit in. Those
+        # in between come on top of the multiples of `save_every`, which `keep_every` counts on.
+        every = self.config.run.save_every
+        return self._due(every) or (self.saver.background and self.step % every == every // 2)
 
     def _stop_reason(self) -> str:
         return ", ".join(sorted({one for one in self.rank.gather(self.stop.received) if one}))
@@ -343,9 +349,6 @@ class Trainer:
         """Go on from the newest good checkpoint, if there is one, and write down what this attempt runs with."""
         run = self.config.run
         self.lease = lease
-        # While a checkpoint is on its way to the disk, the one before it is what a kill leaves: two must fit in.
-        background = run.save_in_background and run.save_every > 1
-        self.save_every = run.save_every // 2 if background else run.save_every
         # First: no attempt that was taken for dead can move the pointer after this.
         self.saver = Saver(
             self.folder / "checkpoints",
@@ -354,7 +357,7 @@ class Trainer:
             self.rank,
             keep_last=run.keep_last,
             keep_every=run.keep_every,
-            background=background,
+            background=run.save_in_background and run.save_every > 1,
             on_failure=run.on_failed_save,
             token=lease.token,
             fence=lease.check,

@@ -8,6 +8,8 @@ stock pipeline neither checks a checksum nor knows which sample comes in which s
 
 import io
 import multiprocessing
+import os
+import re
 import statistics
 import tempfile
 import time
@@ -30,7 +32,8 @@ from sora_lite.data.buckets import Row
 from sora_lite.data.index import Index
 from sora_lite.data.joined import Joined
 from sora_lite.data.loader import ClipLoader
-from sora_lite.data.shards import Manifest, Sample, ShardReader, ShardWriter
+from sora_lite.data.manifest import Manifest
+from sora_lite.data.shards import Sample, ShardReader, ShardWriter
 from sora_lite.data.video import encode_mp4
 
 FPS, SIZE, FRAMES, STRIDE = 24, (256, 456), 17, 4
@@ -199,22 +202,29 @@ def compare(folder: Path, stride: int, frames: Iterator[np.ndarray], rounds: int
 
 
 def watch_memory(folder: Path, samples: int) -> None:
-    """Resident memory of this process and its workers while many small clips go by."""
+    """Resident memory of this process and of its workers while many small clips go by."""
     rng = np.random.default_rng(0)
     media = [encode_mp4(list(rng.integers(0, 256, (TINY[0], *TINY[1:], 3), np.uint8)), FPS, 30) for _ in range(8)]
-    index = write_clips(folder / "tiny", media, TINY, 4000)
+    clips = loader(write_clips(folder / "tiny", media, TINY, 4000), TINY, None)
     steps, seen, resident = samples // BATCH, [], []
-    process = psutil.Process()
-    for step, _ in enumerate(loader(index, TINY, None).steps(0, steps)):
+    for step, _ in enumerate(clips.steps(0, steps)):
         if step % (steps // 40) == 0:
-            family = [process, *process.children()]
             seen.append(step * BATCH)
-            resident.append(sum(one.memory_full_info().uss for one in family) / 2**10)
+            resident.append([resident_kib(process) for process in (os.getpid(), *clips.workers.processes)])
     settled = len(seen) // 4  # the first samples fill buffers
-    slope = np.polyfit(seen[settled:], resident[settled:], 1)[0] * 1000
-    print(f"memory over {samples:,} samples, {WORKERS} processes")
-    print(f"  {'at the start, at the end':<34}{resident[settled] / 1024:>9.1f}{resident[-1] / 1024:>9.1f} MiB")
-    print(f"  {'slope':<34}{slope:>9.1f} KiB per 1,000 samples")
+    slopes = np.polyfit(seen[settled:], resident[settled:], 1)[0] * 1000
+    print(f"memory over {samples:,} samples {'after a quarter':>26}{'at the end':>13}{'KiB per 1,000 samples':>24}")
+    for number, slope in enumerate(slopes):
+        start, end = (resident[moment][number] / 1024 for moment in (settled, -1))
+        name = f"worker {number}" if number else "the process that trains"
+        print(f"  {name:<34}{start:>13.1f} MiB{end:>9.1f} MiB{slope:>24.1f}")
+
+
+def resident_kib(process: int) -> float:
+    """Memory of a process that no file lies behind, in KiB: with what it shares with its parent until one writes there,
+    so that writing does not count as growth."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return sum(float(size) for size in re.findall(r"Rss(?:Anon|Shmem):\s*(\d+) kB", status))
 
 
 def main(*, samples: int = LONG_RUN, rounds: int = ROUNDS, strides: Sequence[int] = tuple(BATCHES)) -> None:

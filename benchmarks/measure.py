@@ -10,19 +10,20 @@ def take_turns(
     *,
     rounds: int = 7,
     pick: Callable[[list[float]], float] = statistics.median,
+    clock: Callable[[], float] = time.process_time,
 ) -> dict[str, float]:
-    """CPU seconds (all threads of this process) of one call of each candidate, over `rounds` after a warm-up.
+    """Seconds of one call of each candidate, over `rounds` after a warm-up.
 
-    pick: which of the rounds speaks. `min` leaves out what other processes cost by emptying the caches, which they do
-    to some candidates more than to others.
+    clock: by default CPU seconds of all threads of this process. pick: which of the rounds speaks. `min` leaves out
+    what other processes cost by emptying the caches, which they do to some candidates more than to others.
     """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(rounds + 1):
         for name, call in candidates.items():
-            start = time.process_time()
+            start = clock()
             call()
             if turn > 0:
-                seconds[name].append(time.process_time() - start)
+                seconds[name].append(clock() - start)
     return {name: pick(values) for name, values in seconds.items()}
 
 

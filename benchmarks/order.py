@@ -20,8 +20,9 @@ import pyarrow.parquet as pq
 
 from sora_lite.data.buckets import Row
 from sora_lite.data.compiled import open_buckets, open_index
+from sora_lite.data.manifest import Manifest, ShardEntry
 from sora_lite.data.order import Order
-from sora_lite.data.shards import INDEX_SCHEMA, Manifest, ShardEntry
+from sora_lite.data.shards import INDEX_SCHEMA
 
 PER_SHARD = 1000
 """Samples in a shard: 256 MB to 1 GB of clips."""

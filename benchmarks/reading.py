@@ -9,7 +9,8 @@ import webdataset
 
 from benchmarks.measure import table, take_turns
 from sora_lite.data.index import Index
-from sora_lite.data.shards import Manifest, Sample, ShardReader, ShardWriter
+from sora_lite.data.manifest import Manifest
+from sora_lite.data.shards import Sample, ShardReader, ShardWriter
 from sora_lite.data.video import decode_clip, encode_mp4
 
 CLIPS, FRAMES, SIDE = 512, 17, 64

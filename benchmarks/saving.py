@@ -7,13 +7,13 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
+from benchmarks.measure import take_turns
 from sora_lite.config import OptimConfig, ParallelConfig
 from sora_lite.parallel.env import init_rank, shutdown
 from sora_lite.training import restore
@@ -22,18 +22,6 @@ from sora_lite.training.ema import EMA
 from sora_lite.training.engine import Engine
 
 WIDTH, DEPTH, ROUNDS, STALLS = 2048, 8, 5, 15
-
-
-def wall(candidates: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Seconds of one call of each, median over the rounds after a warm-up."""
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for turn in range(rounds + 1):
-        for name, call in candidates.items():
-            start = time.perf_counter()
-            call()
-            if turn > 0:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def write_raw(path: Path, data: np.ndarray) -> None:
@@ -77,14 +65,15 @@ def main(*, width: int = WIDTH, rounds: int = ROUNDS) -> None:
             assert waiting.newest is not None
             restore.load(waiting.newest, {"m": engine}, {"m": ema})
 
-        found = wall(
+        found = take_turns(
             {
                 "raw write and fsync": lambda: write_raw(root / "raw", data),
                 "save, with hashes and fsync": save,
                 "raw warm read": lambda: read_raw(root / "raw"),
                 "restore, verified": restore_all,
             },
-            rounds,
+            rounds=rounds,
+            clock=time.perf_counter,
         )
         found |= stalls(behind, data, copy)
     print(f"checkpoint of {size / 2**20:.0f} MiB on one rank, {torch.get_num_threads()} thread for torch, wall clock")

@@ -27,8 +27,8 @@ import httpx
 
 from data_tools import launch
 from data_tools.config import CaptionConfig, CaptionSource
+from data_tools.locations import is_url, printable, read_small
 from data_tools.pool import beat
-from data_tools.sources import is_url, printable, read_small
 from sora_lite.data.video import BadVideo
 from sora_lite.data.web import Busy, is_busy, persist, retry_after
 from sora_lite.errors import UserError

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.config import BucketsConfig, DataConfig, IndexConfig, help_text, parse
+from data_tools.compose import help_text, parse
+from data_tools.config import BucketsConfig, DataConfig, IndexConfig
 from data_tools.encode import EncodeConfig
 from sora_lite.cli import run_verb
 from sora_lite.errors import UserError
@@ -143,7 +144,7 @@ def _call(verb: str, words: list[str], rest: list[str]) -> None:
         case "remove" | "compact":
             from data_tools import takedown
             from data_tools.job import locked
-            from sora_lite.data.shards import Manifest
+            from sora_lite.data.manifest import Manifest
 
             Manifest.load(last)  # before a folder is made for a lock
             with locked(last):

@@ -1,22 +1,14 @@
-"""Settings of `sora-data`, and how KEY=VALUE on its command line becomes them."""
+"""Settings of `sora-data`."""
 
-import difflib
 import hashlib
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from enum import Enum
-from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from sora_lite.config import Format, QueueConfig, field_docs
-from sora_lite.data.shards import to_json
+from sora_lite.config import Format, QueueConfig
+from sora_lite.data.manifest import to_json
 from sora_lite.errors import UserError
-
-Settings = TypeVar("Settings")
 
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
 
@@ -216,17 +208,32 @@ class ArrayConfig(QueueConfig):
 
 
 @dataclass(kw_only=True, slots=True)
-class WorkConfig:
-    """Who does the work."""
+class PoolConfig:
+    """Worker processes of this machine, and what each may take."""
 
-    executor: Executor = Executor.local
-    """local: processes of this machine. slurm: job arrays."""
     workers: int | None = None
     """Processes; null takes one per core, 0 works in this one (where a file that crashes a decoder ends all)."""
     stall_seconds: float = 60.0
-    """A worker that shows no progress for so long is killed; a second time, its file is quarantined."""
+    """A worker that shows no progress for so long is killed; a second time, what it was at is left out."""
     memory_mb: int = 4096
     """Memory in MiB that a worker may take beyond what it starts with."""
+
+    def check_pool(self) -> None:
+        """Raise UserError for a value that cannot be."""
+        rules: list[tuple[bool, str, str]] = [
+            (self.workers is None or self.workers >= 0, "workers", "must be at least 0"),
+            (self.stall_seconds > 0, "stall_seconds", "must be above 0"),
+            (self.memory_mb >= 64, "memory_mb", "must be at least 64"),
+        ]
+        refuse(self, rules)
+
+
+@dataclass(kw_only=True, slots=True)
+class WorkConfig(PoolConfig):
+    """Who does the work: workers here, or a job array."""
+
+    executor: Executor = Executor.local
+    """local: processes of this machine. slurm: job arrays."""
     slurm: ArrayConfig = field(default_factory=ArrayConfig)
 
     @property
@@ -236,10 +243,8 @@ class WorkConfig:
 
     def check_work(self) -> None:
         """Raise UserError for a value that cannot be."""
+        self.check_pool()
         rules: list[tuple[bool, str, str]] = [
-            (self.workers is None or self.workers >= 0, "workers", "must be at least 0"),
-            (self.stall_seconds > 0, "stall_seconds", "must be above 0"),
-            (self.memory_mb >= 64, "memory_mb", "must be at least 64"),
             (self.slurm.tasks >= 1, "slurm.tasks", "must be at least 1"),
             (self.slurm.cpus_per_task >= 1, "slurm.cpus_per_task", "must be at least 1"),
             (self.slurm.gpus_per_task >= 0, "slurm.gpus_per_task", "must be at least 0"),
@@ -327,18 +332,8 @@ class DataConfig(WorkConfig):
         return digest(self.content())
 
 
-def refuse(settings: Any, rules: list[tuple[bool, str, str]]) -> None:
-    """Raise UserError for the first of (holds, key, rule) that does not hold."""
-    for holds, key, rule in rules:
-        if not holds:
-            value = settings
-            for name in key.split("."):
-                value = getattr(value, name)
-            raise UserError(f"{key}={value}: {rule}.")
-
-
 @dataclass(kw_only=True, slots=True)
-class IndexConfig:
+class IndexConfig(PoolConfig):
     """`sora-data index`."""
 
     validation_fraction: float = 0.05
@@ -346,16 +341,10 @@ class IndexConfig:
     source_field: str = "url"
     """Field of KEY.json that names what a sample was cut from: those of one source stay on one side of the split. A
     sample that has no such field is a source of its own."""
-    workers: int | None = None
-    """Processes; null takes one per core, 0 works in this one (where a file that crashes a decoder ends all)."""
-    stall_seconds: float = 60.0
-    """A worker that shows no progress for so long is killed; a second time, its sample is left out."""
-    memory_mb: int = 4096
-    """Memory in MiB that a worker may take beyond what it starts with."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.validation_fraction < 1:
-            raise UserError(f"validation_fraction={self.validation_fraction}: must lie in [0, 1).")
+        self.check_pool()
+        refuse(self, [(0 <= self.validation_fraction < 1, "validation_fraction", "must lie in [0, 1)")])
 
 
 @dataclass(kw_only=True, slots=True)
@@ -382,13 +371,21 @@ class BucketsConfig:
     """`table` (and a picture in the folder of shards), or `json`."""
 
     def __post_init__(self) -> None:
-        for key in ("lengths", "longest", "ratios", "multiple"):
-            if getattr(self, key) < 1:
-                raise UserError(f"{key}={getattr(self, key)}: must be at least 1.")
-        if self.fps is not None and self.fps <= 0:
-            raise UserError(f"fps={self.fps}: must be above 0.")
+        least_one = ("lengths", "longest", "ratios", "multiple")
+        refuse(self, [(getattr(self, key) >= 1, key, "must be at least 1") for key in least_one])
+        refuse(self, [(self.fps is None or self.fps > 0, "fps", "must be above 0")])
         if any(one < 1 for one in [*self.sides, *self.frames]):
             raise UserError("sides, frames: must be at least 1.")
+
+
+def refuse(settings: Any, rules: list[tuple[bool, str, str]]) -> None:
+    """Raise UserError for the first of (holds, key, rule) that does not hold."""
+    for holds, key, rule in rules:
+        if not holds:
+            value = settings
+            for name in key.split("."):
+                value = getattr(value, name)
+            raise UserError(f"{key}={value}: {rule}.")
 
 
 def plain(settings: Any) -> dict[str, Any]:
@@ -407,96 +404,3 @@ def plain(settings: Any) -> dict[str, Any]:
 def digest(content: Any) -> str:
     """SHA-256 of something made of JSON's types."""
     return hashlib.sha256(to_json({"": content})).hexdigest()
-
-
-def parse(schema: type[Settings], overrides: list[str], base: dict[str, Any] | None = None) -> Settings:
-    """Turn KEY=VALUE words into a settings object. Raises UserError for an unknown key or a wrong value.
-
-    `config=FILE` reads a YAML file first. base: settings (of `plain`) to begin with instead of the defaults.
-    """
-    names = dict(leaves(schema))
-    files = [Path(word.partition("=")[2]) for word in overrides if word.startswith("config=")]
-    words = [word for word in overrides if not word.startswith("config=")]
-    for word in words:
-        key, equals, _ = word.partition("=")
-        if not equals:
-            raise UserError(f"{word}: neither a setting KEY=VALUE nor expected here; see --help.")
-        if key not in names:
-            raise UserError(f"{key}: no such key; {_nearest(key, names)}")
-    try:
-        merged = OmegaConf.structured(schema)
-        if base is not None:
-            merged = OmegaConf.merge(merged, base)
-        for path in files:
-            merged = OmegaConf.merge(merged, _read_yaml(path, names))
-        for word in words:
-            merged = OmegaConf.merge(merged, _from_word(word))
-        return OmegaConf.to_object(merged)  # type: ignore[return-value]
-    except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key or 'settings'}: {str(error).splitlines()[0]}") from None
-
-
-def _from_word(word: str) -> Any:
-    try:
-        return OmegaConf.from_dotlist([word])
-    except OmegaConfBaseException:
-        raise
-    except Exception as error:  # noqa: BLE001 - the errors of the YAML parser, which is not named elsewhere
-        why = " ".join(str(error).split())
-        raise UserError(f"{word}: cannot be read ({why}); close its brackets, or put its text in quotes.") from None
-
-
-def leaves(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(key, default) of every setting, those of nested groups with dots."""
-    docs = get_type_hints(schema)
-    for item in fields(schema):
-        if is_dataclass(kind := docs[item.name]):
-            yield from leaves(kind, f"{prefix}{item.name}.")  # type: ignore[arg-type]
-        else:
-            factory: Any = item.default_factory
-            yield f"{prefix}{item.name}", factory() if callable(factory) else item.default
-
-
-def help_text(schema: type, prefix: str = "") -> str:
-    """Every setting of a schema with its default and doc string."""
-    docs, kinds, lines = field_docs(schema), get_type_hints(schema), []
-    for item in fields(schema):
-        kind = kinds[item.name]
-        if is_dataclass(kind):
-            lines.append(help_text(kind, f"{prefix}{item.name}."))  # type: ignore[arg-type]
-            continue
-        default = dict(leaves(schema))[item.name]
-        shown = [one.name for one in default] if isinstance(default, list) else default
-        shown = "null" if shown is None else shown.name if isinstance(shown, Enum) else shown
-        lines.append(f"  {prefix}{item.name}={shown}\n      " + docs[item.name].replace("\n", "\n      "))
-    return "\n".join(lines)
-
-
-def _nearest(key: str, names: dict[str, Any]) -> str:
-    last = {name.split(".")[-1]: name for name in reversed(names)}
-    near = difflib.get_close_matches(key, [*names, *last], n=1, cutoff=0.4)
-    return f"the nearest is {last.get(near[0], near[0])}" if near else f"there are {', '.join(names)}"
-
-
-def _read_yaml(path: Path, names: dict[str, Any]) -> Any:
-    try:
-        content = OmegaConf.load(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"config={path}: cannot be read ({error}); name a YAML file of settings.") from None
-    except Exception as error:  # noqa: BLE001 - the parser's errors share no base class with others
-        raise UserError(f"config={path}: is not YAML ({str(error).splitlines()[0]}); mend it.") from None
-    if not OmegaConf.is_dict(content):
-        raise UserError(f"config={path}: holds no settings; write them as KEY: VALUE.")
-
-    def keys(node: Any, prefix: str = "") -> Iterator[str]:
-        for key in node:
-            full = f"{prefix}{key}"
-            if full not in names and OmegaConf.is_dict(node[key]):
-                yield from keys(node[key], f"{full}.")
-            else:
-                yield full
-
-    for key in keys(content):
-        if key not in names:
-            raise UserError(f"{path}: {key}: no such key; {_nearest(key, names)}")
-    return content

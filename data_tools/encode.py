@@ -23,23 +23,16 @@ import pyarrow as pa
 
 from data_tools.config import Executor, WorkConfig, digest
 from data_tools.job import locked
+from data_tools.locations import printable
 from data_tools.pool import Rows, Task, beat
-from data_tools.sources import printable
 from data_tools.state import Table, Unit, complete
 from sora_lite.config import BucketRule
 from sora_lite.data.buckets import Row, choose
+from sora_lite.data.files import flush_folder
 from sora_lite.data.index import Index, load_manifest
 from sora_lite.data.joined import Latent, latent_sample, text_sample
-from sora_lite.data.shards import (
-    MANIFEST,
-    NO_LABEL,
-    DamagedSample,
-    Manifest,
-    Sample,
-    ShardEntry,
-    ShardWriter,
-    flush_folder,
-)
+from sora_lite.data.manifest import MANIFEST, Manifest, ShardEntry
+from sora_lite.data.shards import NO_LABEL, DamagedSample, Sample, ShardWriter
 from sora_lite.data.video import BadVideo
 from sora_lite.errors import UserError
 

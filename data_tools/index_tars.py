@@ -24,22 +24,11 @@ from tqdm import tqdm
 
 from data_tools.config import IndexConfig, digest
 from data_tools.job import locked
+from data_tools.locations import printable
 from data_tools.pool import Outcome, Rows, Task, beat, run_tasks
-from data_tools.sources import printable
-from sora_lite.data.shards import (
-    INDEX_SCHEMA,
-    MANIFEST,
-    MEDIA,
-    NO_LABEL,
-    DamagedSample,
-    Manifest,
-    ShardEntry,
-    ShardReader,
-    captions_of,
-    index_bytes,
-    replace_file,
-    to_json,
-)
+from sora_lite.data.files import replace_file
+from sora_lite.data.manifest import MANIFEST, Manifest, ShardEntry, to_json
+from sora_lite.data.shards import INDEX_SCHEMA, MEDIA, NO_LABEL, DamagedSample, ShardReader, captions_of, index_bytes
 from sora_lite.data.video import probe, shown_size
 from sora_lite.errors import UserError
 

@@ -13,13 +13,16 @@ from tqdm import tqdm
 
 from data_tools import look, pack, probe, split
 from data_tools import plan as planning
-from data_tools.config import CaptionConfig, CaptionSource, DataConfig, parse, plain
+from data_tools.compose import parse
+from data_tools.config import CaptionConfig, CaptionSource, DataConfig, plain
 from data_tools.plan import Packed, Plan, Rows
 from data_tools.pool import Function
 from data_tools.sources import SOURCES_SCHEMA, Source, find_sources
 from data_tools.state import Table, Unit, complete, read_table, stage_hash, write_table
+from sora_lite.data.files import replace_file
 from sora_lite.data.index import Index
-from sora_lite.data.shards import MANIFEST, DamagedSample, Manifest, ShardReader, replace_file
+from sora_lite.data.manifest import MANIFEST, Manifest
+from sora_lite.data.shards import DamagedSample, ShardReader
 from sora_lite.errors import UserError
 
 STAGES = ("probe", "split", "score", "filter", "dedupe", "caption", "pack")

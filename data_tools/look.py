@@ -12,10 +12,11 @@ import pyarrow as pa
 from PIL import Image
 
 from data_tools.caption import CaptionItem, caption_clips
-from data_tools.config import SCORES, CaptionConfig, ScoreConfig, parse, plain
+from data_tools.compose import parse
+from data_tools.config import SCORES, CaptionConfig, ScoreConfig, plain
+from data_tools.locations import open_source
 from data_tools.pool import Rows, Task, beat
 from data_tools.score import Scorer, look_size, looks
-from data_tools.sources import open_source
 from data_tools.split import Clip, picks_of, stretch_task
 from data_tools.state import Unit
 from sora_lite.data.video import BadVideo, Limits, VideoFacts, read_frames

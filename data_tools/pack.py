@@ -18,14 +18,16 @@ import google_crc32c
 from tqdm import tqdm
 
 from data_tools.config import DataConfig, Executor
+from data_tools.locations import open_source
 from data_tools.plan import Plan, Rows, clip_size, crop_box, cropped, meta, quarantine
 from data_tools.pool import Rows as WorkRows
 from data_tools.pool import Task, beat
-from data_tools.sources import open_source
 from data_tools.split import Clip, picks_of, stretch_task, stretches
 from data_tools.state import Table, Unit, outcomes, rows_of
+from sora_lite.data.files import replace_file
 from sora_lite.data.index import read_index
-from sora_lite.data.shards import Manifest, Sample, ShardWriter, replace_file
+from sora_lite.data.manifest import Manifest
+from sora_lite.data.shards import Sample, ShardWriter
 from sora_lite.data.video import Box, Limits, cut_clips
 from sora_lite.errors import UserError
 

@@ -17,7 +17,7 @@ from data_tools.probe import Probed, limits_of
 from data_tools.score import SCORER_VERSION
 from data_tools.sources import Source
 from data_tools.split import Clip, Media, clip_size, held_out, tile
-from sora_lite.data.shards import SCHEMA_VERSION
+from sora_lite.data.manifest import SCHEMA_VERSION
 from sora_lite.data.video import Box
 
 KINDS = ("packed", "filtered", "duplicate", "quarantined", "removed")

@@ -10,8 +10,9 @@ import numpy as np
 import pyarrow as pa
 
 from data_tools.config import ProbeConfig
+from data_tools.locations import open_source
 from data_tools.pool import Rows, Task, beat
-from data_tools.sources import Source, open_source
+from data_tools.sources import Source
 from data_tools.state import Unit
 from sora_lite.data.video import BadVideo, Limits, VideoFacts, probe
 

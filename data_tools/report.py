@@ -10,7 +10,8 @@ from pathlib import Path
 
 from data_tools.job import Job
 from data_tools.plan import KINDS, Fate, Plan, finish
-from sora_lite.data.shards import MANIFEST, Manifest, replace_file
+from sora_lite.data.files import replace_file
+from sora_lite.data.manifest import MANIFEST, Manifest
 
 REPORT = "report.json"
 PAGE = "report.html"

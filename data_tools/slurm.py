@@ -33,13 +33,15 @@ from tqdm import tqdm
 
 from data_tools import encode
 from data_tools import job as stages
-from data_tools.config import DataConfig, WorkConfig, parse, plain
+from data_tools.compose import parse
+from data_tools.config import DataConfig, WorkConfig, plain
 from data_tools.pack import PARTS
 from data_tools.pool import Rows
 from data_tools.state import Table, Unit, work
 from sora_lite.cli.compose import assets
 from sora_lite.cli.submit import job_command, submit
-from sora_lite.data.shards import ENCODED, replace_file
+from sora_lite.data.files import replace_file
+from sora_lite.data.manifest import ENCODED
 from sora_lite.errors import UserError
 
 FUNCTIONS = stages.FUNCTIONS | dict.fromkeys(ENCODED, encode.work)

@@ -14,10 +14,11 @@ import numpy as np
 import pyarrow as pa
 
 from data_tools.config import DataConfig, Detector, SplitConfig
+from data_tools.locations import open_source
 from data_tools.pool import Rows, Task, beat
 from data_tools.probe import Probed, facts_of
 from data_tools.shots import Transition, find_transitions, shots_of
-from data_tools.sources import Source, open_source
+from data_tools.sources import Source
 from data_tools.state import Unit
 from sora_lite.data.video import STILLS, BadVideo, Limits, VideoFacts, rational, read_frames
 

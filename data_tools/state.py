@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from data_tools.config import DataConfig, Executor, WorkConfig, digest, plain
 from data_tools.pool import Function, Outcome, Rows, Task, run_tasks
-from sora_lite.data.shards import replace_file
+from sora_lite.data.files import replace_file
 from sora_lite.errors import UserError
 
 PARENTS = {"probe": None, "split": "probe", "score": "split", "caption": "split", "encode": "score"}

@@ -4,9 +4,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_tools.sources import printable
+from data_tools.locations import printable
+from sora_lite.data.files import flush_folder
 from sora_lite.data.index import Index, read_index
-from sora_lite.data.shards import DamagedSample, Manifest, Sample, ShardEntry, ShardReader, ShardWriter, flush_folder
+from sora_lite.data.manifest import Manifest, ShardEntry
+from sora_lite.data.shards import DamagedSample, Sample, ShardReader, ShardWriter
 from sora_lite.errors import UserError
 
 

@@ -11,19 +11,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 from tqdm import tqdm
 
+from data_tools.locations import printable
 from data_tools.pool import Rows, Task, beat, run_tasks
-from data_tools.sources import printable
 from sora_lite.data.index import read_index
-from sora_lite.data.shards import (
-    ENCODED,
-    NO_LABEL,
-    DamagedSample,
-    Manifest,
-    ShardEntry,
-    ShardReader,
-    captions_of,
-    check_key,
-)
+from sora_lite.data.manifest import ENCODED, Manifest, ShardEntry
+from sora_lite.data.shards import NO_LABEL, DamagedSample, ShardReader, captions_of, check_key
 from sora_lite.data.video import BadVideo, probe, shown_size
 from sora_lite.errors import UserError
 

@@ -59,7 +59,8 @@ def with_captions(shards: Path, out: Path) -> Path:
 
     from sora_lite.data.index import Index
     from sora_lite.data.joined import Members
-    from sora_lite.data.shards import Manifest, Sample, ShardWriter
+    from sora_lite.data.manifest import Manifest
+    from sora_lite.data.shards import Sample, ShardWriter
 
     out.mkdir()
     entries = []

@@ -16,6 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
+import sora_lite
 from sora_lite import config as schema
 from sora_lite.config import ROOTS
 from sora_lite.errors import UserError
@@ -23,7 +24,7 @@ from sora_lite.errors import UserError
 
 def assets(name: str) -> Path:
     """Folder `conf` or `slurm`: inside the package when installed from a wheel, beside it in a checkout."""
-    package = Path(schema.__file__).parent
+    package = Path(sora_lite.__file__).parent
     for folder in (package / name, package.parent / name):
         if folder.is_dir():
             return folder

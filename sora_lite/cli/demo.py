@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -16,8 +17,19 @@ from sora_lite.config import DemoConfig
 from sora_lite.errors import UserError
 from sora_lite.evaluation.record import RECORD
 
+LITE = [sys.executable, "-m", "sora_lite.cli"]
+TOOLS = [sys.executable, "-m", "data_tools"]
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIRECTIONS = ("left", "right", "up", "down")
+
+
+class Stage(NamedTuple):
+    """A command of the way."""
+
+    title: str
+    command: list[str]
+    done: Path | None
+    """File that exists once the stage is done; None for a stage that looks for itself."""
 
 
 def main(config: DemoConfig) -> None:
@@ -37,79 +49,59 @@ def main(config: DemoConfig) -> None:
     show(config, time.monotonic() - start)
 
 
-def stages(config: DemoConfig) -> list[tuple[str, list[str], Path | None]]:
-    """(title, command, file that exists once the stage is done; None for stages that look for themselves)."""
+def stages(config: DemoConfig) -> list[Stage]:
+    """All stages, in the order in which each finds what it needs."""
     root, name = Path(config.root), config.experiment
-    data = root / "digits"
-    run, vae = root / name, root / f"{name}_vae"
+    data, run, vae = root / "digits", root / name, root / f"{name}_vae"
+    train = [*launcher(config.ranks), "train"]
+    train_vae = [*launcher(config.ranks), "train-vae"]
+    given = [f"run.root={root}", f"data.shards={data / 'shards'}"]
     # A run is exported once it is trained, so its export stands for both.
     exported, exported_vae = run / "export/export.json", vae / "export/export.json"
-    lite = [sys.executable, "-m", "sora_lite.cli"]
-    tools = [sys.executable, "-m", "data_tools"]
-    launch = lite
-    ranks = min(config.ranks, torch.cuda.device_count() or config.ranks)  # one process per GPU
-    if ranks > 1:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-        launch = [*torchrun, str(ranks), "-m", "sora_lite.cli"]
-    shards = f"data.shards={data / 'shards'}"
-    threads = f"threads={config.threads or 'null'}"
-    prompts = [f"the digit {digit} moves {DIRECTIONS[i % 4]}" for i, digit in enumerate(DIGITS)]
     return [
-        (
-            "render digits",
-            [*tools, "digits", str(data / "videos"), f"clips={config.clips}"],
-            data / "videos/metadata.jsonl",
+        *data_stages(data, config.clips),
+        Stage("train the VAE", [*train_vae, f"experiment={name}_vae", *given], exported_vae),
+        Stage("export the VAE", [*LITE, "export", f"run={vae}"], exported_vae),
+        Stage("train the DiT", [*train, f"experiment={name}", f"vae_from={vae}", *given], exported),
+        Stage("export the DiT", [*LITE, "export", f"run={run}"], exported),
+        *clip_stages(run, data / "shards", config.threads),
+    ]
+
+
+def launcher(ranks: int) -> list[str]:
+    """How `sora-lite` is called on several ranks; with GPUs on no more than there are."""
+    ranks = min(ranks, torch.cuda.device_count() or ranks)
+    if ranks == 1:
+        return LITE
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    return [*torchrun, str(ranks), "-m", "sora_lite.cli"]
+
+
+def data_stages(data: Path, clips: int) -> list[Stage]:
+    """Videos of digits, and shards of them."""
+    videos = data / "videos"
+    settings = [
+        *("validation_fraction=0.22", "pack.crf=10"),
+        # every file is one shot, and scans of one digit are meant to look alike
+        *("split.detector=none", "dedupe.near=false"),
+    ]
+    return [
+        Stage("render digits", [*TOOLS, "digits", str(videos), f"clips={clips}"], videos / "metadata.jsonl"),
+        Stage("pack shards", [*TOOLS, "run", str(videos), str(data / "shards"), *settings], None),
+    ]
+
+
+def clip_stages(run: Path, shards: Path, threads: int | None) -> list[Stage]:
+    """Clips from the trained model, and how good they are."""
+    given = [f"model_from={run}", f"shards={shards}", f"threads={threads or 'null'}"]
+    prompts = [f"the digit {digit} moves {DIRECTIONS[i % 4]}" for i, digit in enumerate(DIGITS)]
+    asked = [f"prompts={json.dumps(prompts)}", f"labels={json.dumps(list(range(10)))}"]
+    clips, figures = run / "generations", run / "evaluation.json"
+    return [
+        Stage(
+            "generate clips", [*LITE, "generate", *given, f"run={run}", f"out={clips}", *asked], clips / "index.html"
         ),
-        (
-            "pack shards",
-            [
-                *tools,
-                "run",
-                str(data / "videos"),
-                str(data / "shards"),
-                "validation_fraction=0.22",
-                "pack.crf=10",
-                # every file is one shot, and scans of one digit are meant to look alike
-                "split.detector=none",
-                "dedupe.near=false",
-            ],
-            None,
-        ),
-        ("train the VAE", [*launch, "train-vae", f"experiment={name}_vae", f"run.root={root}", shards], exported_vae),
-        ("export the VAE", [*lite, "export", f"run={vae}"], exported_vae),
-        (
-            "train the DiT",
-            [*launch, "train", f"experiment={name}", f"run.root={root}", f"vae_from={vae}", shards],
-            exported,
-        ),
-        ("export the DiT", [*lite, "export", f"run={run}"], exported),
-        (
-            "generate clips",
-            [
-                *lite,
-                "generate",
-                f"model_from={run}",
-                f"run={run}",
-                f"shards={data / 'shards'}",
-                f"out={run / 'generations'}",
-                f"prompts={json.dumps(prompts)}",
-                f"labels={json.dumps(list(range(10)))}",
-                threads,
-            ],
-            run / "generations/index.html",
-        ),
-        (
-            "evaluate",
-            [
-                *lite,
-                "evaluate",
-                f"model_from={run}",
-                f"shards={data / 'shards'}",
-                f"out={run / 'evaluation.json'}",
-                threads,
-            ],
-            run / "evaluation.json",
-        ),
+        Stage("evaluate", [*LITE, "evaluate", *given, f"out={figures}"], figures),
     ]
 
 

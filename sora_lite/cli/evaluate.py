@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from sora_lite.cli.evaluate_frames import evaluate_frames
 from sora_lite.config import EvaluateConfig
+from sora_lite.data.files import replace_file
 from sora_lite.data.index import Index
 from sora_lite.data.loader import ClipReader
 from sora_lite.data.remote import Location, locate
@@ -67,9 +68,7 @@ def main(config: EvaluateConfig) -> None:
     figures = evaluate(config)
     out = Path(config.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_suffix(".tmp")
-    temporary.write_text(json.dumps(figures, indent=2) + "\n")
-    temporary.replace(out)
+    replace_file(out, json.dumps(figures, indent=2).encode() + b"\n")
     for name, value in figures.items():
         print(f"{name:<44}{value:>12.4f}" if isinstance(value, float) else f"{name:<44}{value!s:>12}")
     print(f"written to {out}")

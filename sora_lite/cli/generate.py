@@ -9,8 +9,8 @@ from tqdm import tqdm
 from sora_lite.config import GenerateConfig, PositionScaling
 from sora_lite.data.index import Index
 from sora_lite.data.loader import ClipReader
+from sora_lite.data.manifest import Manifest
 from sora_lite.data.remote import Location, locate
-from sora_lite.data.shards import Manifest
 from sora_lite.data.video import write_mp4
 from sora_lite.diffusion.process import Process
 from sora_lite.errors import UserError

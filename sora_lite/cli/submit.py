@@ -8,8 +8,8 @@ from pathlib import Path
 
 from sora_lite.cli.compose import assets, compose, help_text
 from sora_lite.config import BaseTrainConfig, QueueConfig, SlurmConfig, TrainConfig
+from sora_lite.data.manifest import MANIFEST
 from sora_lite.data.remote import locate
-from sora_lite.data.shards import MANIFEST
 from sora_lite.errors import UserError
 
 ROOTS = {"train": "train", "train-vae": "train_vae"}

@@ -18,6 +18,7 @@ from sora_lite.generation.export import load_vae
 from sora_lite.generation.export import write as write_export
 from sora_lite.generation.text import open_encoders, reads_text
 from sora_lite.parallel.env import Rank, init_rank, shutdown
+from sora_lite.training import store
 from sora_lite.training.engine import release_groups
 from sora_lite.training.init_from import RECORD, Row, start_from, table
 from sora_lite.training.lease import hold
@@ -109,10 +110,10 @@ def start(config: TrainConfig | TrainVAEConfig, objective: DiTObjective | VAEObj
         return None
     # A run that was killed before its first checkpoint starts from these weights again.
     checkpoints = Path(config.run.root) / config.run.name / "checkpoints"
-    if rank.gather(any(checkpoints.glob("step_*")))[0]:
+    if rank.gather(len(store.complete(checkpoints)))[0]:
         return None
-    patch = tuple(objective.config.patch) if isinstance(objective, DiTObjective) else None
-    return start_from(Path(config.init_from), objective.name, objective.module, patch)
+    model = (objective.architecture, objective.process) if isinstance(objective, DiTObjective) else ()
+    return start_from(Path(config.init_from), objective.name, objective.module, *model)
 
 
 def check_buckets(config: BaseTrainConfig, objective: Objective) -> None:

@@ -48,11 +48,12 @@ class View:
 class ClipBatch:
     """One rank's micro-batch of B samples: V that were decoded, and B - V that come as latents.
 
-    video: uint8 V 3 T H W in [0, 255]. mean, logvar: float32 B-V C t h w, unnormalised posteriors; None where V is B.
-    is_latent: bool B, which of the samples are not in `video`. keys: of the samples. captions: one per sample, "" for
-    none. labels: int64 B, -1 for none. positions: int64 B, places in the global step's batch. step: the global step.
-    views: one per sample. samples: int64 B, their numbers in the index. bucket: number of the bucket. bad: samples
-    replaced. seconds: that making the batch took its worker. reads: what it read meanwhile.
+    video: uint8 V 3 T H W in [0, 255], whichever axis is the first in memory. mean, logvar: float32 B-V C t h w,
+    unnormalised posteriors; None where V is B. is_latent: bool B, which of the samples are not in `video`. keys: of the
+    samples. captions: one per sample, "" for none. labels: int64 B, -1 for none. positions: int64 B, places in the
+    global step's batch. step: the global step. views: one per sample. samples: int64 B, their numbers in the index.
+    bucket: number of the bucket. bad: samples replaced. seconds: that making the batch took its worker. reads: what it
+    read meanwhile.
 
     Of captions whose features were made beforehand (all None where there are none): text: float32 B M C, zero at
     padding. text_mask: bool B M, True where a token is real; a row without one has no features yet. pooled: float32
@@ -150,11 +151,17 @@ class Places:
     Args:
         count: samples, B. shape: (T, H, W).
         allocate: memory costs nothing before it is written to, so there is enough for any mixture of both kinds.
+        packed: in memory, the colours of a pixel lie side by side, as the decoder gives them.
     """
 
-    def __init__(self, count: int, shape: tuple[int, int, int], allocate: Allocate = np.empty) -> None:
+    def __init__(
+        self, count: int, shape: tuple[int, int, int], allocate: Allocate = np.empty, *, packed: bool = False
+    ) -> None:
         self._count, self._allocate = count, allocate
-        self._video = allocate((count, 3, *shape), np.uint8)
+        if packed:
+            self._video = allocate((count, *shape, 3), np.uint8).transpose(0, 4, 1, 2, 3)
+        else:
+            self._video = allocate((count, 3, *shape), np.uint8)
         self._posteriors: list[np.ndarray] = []
         self._kept: list[Clip] = []
         self._said: list[str] = []

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from sora_lite.data.buckets import Bucket, Row, assign, choose, longest_at, refuse_empty
+from sora_lite.data.files import flush, flush_folder, replace_file
 from sora_lite.data.index import (
     BY_KEY,
     COLUMNS,
@@ -39,9 +40,9 @@ from sora_lite.data.index import (
     read_parts,
     require_content,
 )
+from sora_lite.data.manifest import MANIFEST, Manifest, to_json
 from sora_lite.data.remote import Location, Url
 from sora_lite.data.shard_cache import ShardCache, default_cache
-from sora_lite.data.shards import MANIFEST, Manifest, flush, flush_folder, replace_file, to_json
 from sora_lite.errors import UserError
 
 FORMAT = 2

@@ -16,18 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from sora_lite.data.manifest import ENCODED, Manifest, ShardEntry
 from sora_lite.data.remote import Location, ReadCounts, Url, read_file
 from sora_lite.data.shard_cache import RemoteShard, ShardCache, default_cache
-from sora_lite.data.shards import (
-    ENCODED,
-    INDEX_SCHEMA,
-    KEY_OF_OTHERS,
-    MEDIA,
-    NO_LABEL,
-    Manifest,
-    ShardEntry,
-    ShardReader,
-)
+from sora_lite.data.shards import INDEX_SCHEMA, KEY_OF_OTHERS, MEDIA, NO_LABEL, ShardReader
 from sora_lite.errors import UserError
 
 BY_KEY = 65_536

@@ -18,8 +18,9 @@ from safetensors.numpy import load, save
 
 from sora_lite.data.compiled import CHUNK, FORMAT, ColumnWriter, build, map_column, open_index
 from sora_lite.data.index import Index, OpenShards
+from sora_lite.data.manifest import ENCODED
 from sora_lite.data.remote import Location, ReadCounts
-from sora_lite.data.shards import ENCODED, DamagedSample, Sample, captions_of, clip_digits
+from sora_lite.data.shards import DamagedSample, Sample, captions_of, clip_digits
 from sora_lite.errors import UserError
 
 WORDS = tuple(f"{what}_{part}" for what in ("text", "json") for part in ("offset", "size", "crc32c"))

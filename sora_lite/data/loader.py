@@ -51,6 +51,8 @@ class ClipReader:
     ) -> None:
         self.index = index
         self._decoder = decoder
+        self.packed = decoder == "decord"
+        """Whether frames are decoded into packed pixels."""
         self._cache_bytes = cache_bytes
         self._cached = 0
         self._cache: OrderedDict[tuple[int, tuple[int, int, int], float | None, int], Clip] = OrderedDict()
@@ -107,7 +109,7 @@ class ClipReader:
         crop = self._decode(sample, fps, start, out)
         clip = Clip(pixels=pixels, crop=crop, captions=captions, label=label)
         if pixels.nbytes <= self._cache_bytes:
-            self._remember(key, replace(clip, pixels=out.copy()))
+            self._remember(key, replace(clip, pixels=out.copy("K")))
         return clip
 
     def _decode(self, sample: int, fps: float | None, start: int, out: np.ndarray) -> tuple[float, float, float, float]:
@@ -213,7 +215,7 @@ class _MicroBatches:
         positions = rank_positions(
             len(micro.samples), rank=self.rank, world_size=self.world_size, accumulation=self.accumulation
         )[one_pass]
-        places = Places(len(positions), micro.shape, allocate)
+        places = Places(len(positions), micro.shape, allocate, packed=self.reader.packed)
         bad: list[BadSample] = []
         samples, views, keys = [], [], []
         for position in positions.tolist():

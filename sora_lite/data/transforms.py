@@ -3,10 +3,10 @@
 Shapes: H height, W width.
 """
 
-from collections.abc import Iterable
-
 import numpy as np
 from PIL import Image
+
+from sora_lite.data.video import Planes
 
 
 def cover_box(size: tuple[int, int], target: tuple[int, int]) -> tuple[float, float, float, float]:
@@ -18,19 +18,21 @@ def cover_box(size: tuple[int, int], target: tuple[int, int]) -> tuple[float, fl
     return left, top, left + box_width, top + box_height
 
 
-def resize_crop(
-    planes: Iterable[np.ndarray], out: np.ndarray, box: tuple[float, float, float, float] | None = None
-) -> None:
+def resize_crop(planes: Planes, out: np.ndarray, box: tuple[float, float, float, float] | None = None) -> None:
     """Crop the planes of a picture (uint8 H W each) to a box (left, top, right, bottom in pixels) and scale them
     (antialiased bicubic) to those of `out` (uint8, planes x height x width).
 
     box: by default the largest centred one of the target's aspect ratio.
     """
     target = out.shape[1], out.shape[2]
+    height, width = planes[0].shape
+    shown = box or cover_box((height, width), target)
+    as_it_is = (height, width) == target and list(shown) == [0, 0, width, height]
+    if as_it_is and isinstance(planes, np.ndarray) and planes.strides[2] == out.strides[2]:
+        out[:] = planes  # in one piece: both are packed
+        return
     for plane, place in zip(planes, out, strict=True):
-        height, width = plane.shape
-        shown = box or cover_box((height, width), target)
-        if (height, width) == target and list(shown) == [0, 0, width, height]:
+        if as_it_is:
             place[:] = plane
         else:
             image = Image.fromarray(np.ascontiguousarray(plane))

@@ -41,4 +41,6 @@ shift e^0.5 at base 256 and slope 0.65 / 3840. That is meant for images: for a v
 
 def sampling_grid(steps: int, alpha: float = 1.0) -> Tensor:
     """Times from 1 down to 0 for `steps` solver steps, shifted. Shape steps + 1, float64."""
-    return shift(torch.linspace(1, 0, steps + 1, dtype=torch.float64), alpha)
+    times = shift(torch.linspace(1, 0, steps + 1, dtype=torch.float64), alpha)
+    times[0] = 1  # which rounding may miss; samplers know pure noise by a signal of exactly 0
+    return times

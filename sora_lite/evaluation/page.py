@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
-import jinja2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from sora_lite.data.video import probe
 from sora_lite.errors import UserError
 from sora_lite.evaluation.record import read_record
+from sora_lite.evaluation.template import environment
 
 CELL = 96
 """Height in pixels that a frame on a contact sheet has at least."""
@@ -135,16 +135,10 @@ def write_page(
     for name in [*(clip.file for clip in clips), *filter(None, (contact_sheet, loss_curve))]:
         if not (out / name).is_file() or not (out / name).resolve().is_relative_to(out.resolve()):
             raise ValueError(f"{name!r} is no file inside {out}")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["link"] = quote
+    templates = environment(Path(__file__).parent)
+    templates.filters["link"] = quote
     width = probe(out / clips[0].file).width
-    page = environment.get_template("page.html.jinja").render(
+    page = templates.get_template("page.html.jinja").render(
         title=title,
         subtitle=subtitle,
         cards=group(generated, real),

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sora_lite.data.files import replace_file
 from sora_lite.diffusion.process import Process
 from sora_lite.errors import UserError
 from sora_lite.models.dit import VideoDiT
@@ -69,9 +70,7 @@ def write(folder: Path, contract: Contract, weights: Mapping[str, Tensor]) -> No
     begin(folder)
     save_file({name: tensor.float().contiguous() for name, tensor in weights.items()}, folder / _WEIGHTS)
     contract.sha256 = _sha256(folder / _WEIGHTS)
-    temporary = folder / f"{_CONTRACT}.tmp"
-    temporary.write_text(json.dumps(asdict(contract), indent=2))
-    temporary.replace(folder / _CONTRACT)
+    replace_file(folder / _CONTRACT, json.dumps(asdict(contract), indent=2).encode())
 
 
 def read_contract(folder: Path, kind: str) -> tuple[Path, Contract]:

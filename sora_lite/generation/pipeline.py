@@ -61,8 +61,8 @@ def clips_at_once(frames: int, height: int, width: int) -> int:
 
 
 def to_float(video: Tensor) -> Tensor:
-    """uint8 [0, 255] to float32 [-1, 1]."""
-    return video.float() / 127.5 - 1
+    """uint8 [0, 255] to float32 [-1, 1], contiguous."""
+    return video.to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1
 
 
 def to_uint8(video: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sora_lite.data.files import flush_folder
 from sora_lite.errors import UserError
 
 FORMAT_VERSION = 2
@@ -94,15 +95,6 @@ def _hash(chunk: list[memoryview]) -> str:
 def write_json(path: Path, value: Any) -> dict[str, Any]:
     """Write JSON into a new file as `write_hashed` does."""
     return write_hashed(path, [memoryview(json.dumps(value, indent=1, allow_nan=False).encode())])
-
-
-def sync_directory(path: Path) -> None:
-    """Make names in `path` (new files, renames) survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def open_folder(folder: Path) -> None:
@@ -173,11 +165,11 @@ def commit(temporary: Path, name: str, state: dict[str, Any], files: Files, chec
     files = {**files, STATE: write_json(temporary / STATE, state)}
     manifest = {"format_version": FORMAT_VERSION, "step": state["step"], "files": dict(sorted(files.items()))}
     write_json(temporary / MANIFEST, {**manifest, "sha256": manifest_hash(manifest)})
-    sync_directory(temporary)
+    flush_folder(temporary)
     check()
     final = temporary.with_name(name)
     temporary.rename(final)
-    sync_directory(final.parent)
+    flush_folder(final.parent)
     move_pointer(final, temporary.name.rpartition("-")[2], check)
     return final
 
@@ -196,7 +188,7 @@ def move_pointer(target: Path, token: str, check: Callable[[], None]) -> None:
     write_hashed(pointer, [memoryview(f"{target.name}\n".encode())])
     check()
     pointer.replace(target.parent / POINTER)
-    sync_directory(target.parent)
+    flush_folder(target.parent)
 
 
 def prune(newest: Path, keep_last: int, keep_every: int = 0) -> None:

@@ -14,12 +14,11 @@ run folder: RUN/
 import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
@@ -31,6 +30,7 @@ from sora_lite.data.joined import Joined
 from sora_lite.errors import Interrupted, UserError
 from sora_lite.parallel.apply import apply_parallel
 from sora_lite.parallel.env import Rank
+from sora_lite.training.account import Account
 from sora_lite.training.attempt import EVENTS, append_event, code_version, describe_attempt
 from sora_lite.training.checkpoint import Saver
 from sora_lite.training.data_record import DataRecord
@@ -40,66 +40,19 @@ from sora_lite.training.guards import UpdateGuard
 from sora_lite.training.handover import Handover
 from sora_lite.training.inputs import load_made, load_split, make_loader, make_rows
 from sora_lite.training.lease import Held
-from sora_lite.training.metrics import Means, peak_flops
-from sora_lite.training.objective import HeldOut, Loss, Objective
+from sora_lite.training.metrics import peak_flops
+from sora_lite.training.objective import HeldOut, Objective
 from sora_lite.training.optim import learning_rate
 from sora_lite.training.replicas import ReplicaCheck
 from sora_lite.training.restore import restore
 from sora_lite.training.resume import Facts, go_on
 from sora_lite.training.signals import StopFlag
+from sora_lite.training.step import StepResult, train_step
 from sora_lite.training.tracking import Tracker
 from sora_lite.training.watchdog import Watchdog
 
 STATISTICS_SAMPLES = 512
 """Training clips that `Objective.finish` sees."""
-
-
-@dataclass(kw_only=True, slots=True, frozen=True)
-class StepResult:
-    """What one optimizer step showed. losses has one entry per pass of this rank; all else is alike on all ranks.
-
-    loss: of the global batch. left_out: why the update was not made, "" where it was. stopping: whether any rank was
-    asked to stop.
-    """
-
-    losses: list[Loss]
-    loss: float
-    grad_norm: float
-    left_out: str
-    stopping: bool
-
-
-def train_step(
-    objective: Objective,
-    engine: Engine,
-    ema: EMA | None,
-    guard: UpdateGuard,
-    batches: Sequence[ClipBatch],
-    step: int,
-    lr: float,
-    *,
-    meanwhile: Callable[[], None],
-    stop: bool,
-) -> StepResult:
-    """One optimizer step: forward and backward of every micro-batch, update unless the guard objects, average.
-
-    meanwhile: called once the device has forward and backward to do. stop: whether this rank was asked to stop; what
-    any rank was asked travels with the losses.
-    """
-    losses = []
-    for batch in batches:
-        result = objective.loss(engine, batch)
-        engine.backward(result.loss)
-        losses.append(result)
-    meanwhile()
-    mean = torch.stack([one.loss.detach().double() for one in losses]).mean()
-    told = torch.stack([mean, torch.tensor(float(stop), dtype=torch.float64, device=mean.device)])
-    loss, stopping = engine.rank.mean(told).tolist()
-    grad_norm = engine.step(lr, guard.limit(loss))
-    left_out = guard.judge(step, loss, grad_norm)
-    if ema is not None and not left_out:
-        ema.update(step)
-    return StepResult(losses=losses, loss=loss, grad_norm=grad_norm, left_out=left_out, stopping=stopping > 0)
 
 
 class Trainer:
@@ -159,7 +112,7 @@ class Trainer:
         self.left_out = self.rollbacks = 0
         self.jump = 0
         """Steps of data that rollbacks have passed over: step n trains on step n + jump of the order."""
-        self.flops = 0
+        self.account = Account(objective, self.loader, rank)
         self.finished = False
         self.step = 0
         self.replicas = self._replicas(inputs)
@@ -221,13 +174,13 @@ class Trainer:
     def _train_until_rollback(self) -> None:
         """Steps from the present one on, to the end or to a rollback; side jobs in their order after each."""
         run = self.config.run
-        means, clock = Means(self.rank), Clock()
+        self.account.begin()
         batches = Handover(self.loader, self.step + self.jump, run.steps + self.jump, self.rank.device)
         while self.step < run.steps:
             self.watchdog.beat(f"step {self.step}: waiting for data")
             wait = time.perf_counter()
             micro_batches = batches.take()
-            clock.waited += time.perf_counter() - wait
+            self.account.add_wait(time.perf_counter() - wait)
             self.watchdog.beat(f"step {self.step}: forward, backward, update")
             lr = learning_rate(self.step, self.config.optim, run.steps)
             result = train_step(
@@ -246,21 +199,21 @@ class Trainer:
             self.step += 1
             self.progress.update()
             self.saver.border()
-            self._count(result, micro_batches, means, clock)
+            self._count(result, micro_batches)
             if result.left_out and self._rolls_back(result, micro_batches):
                 return
             # A checkpoint ends a line of the record too: whoever goes on from it averages over the same steps.
-            saves = self._due(run.save_every) or result.stopping
+            saves = self._saves() or result.stopping
             if self._due(run.log_every) or saves:
-                self._log(means, clock, lr, result.grad_norm)
+                self._log(lr, result.grad_norm)
             if self._due(run.validate_every):
                 self.watchdog.beat(f"step {self.step}: validating")
                 self._validate()
-                clock.restart()
+                self.account.restart()
             if self._due(run.sample_every):
                 self.watchdog.beat(f"step {self.step}: drawing samples")
                 self._sample()
-                clock.restart()
+                self.account.restart()
             if self._due(run.check_every) or saves:
                 self.replicas.check(self.engine.replicated())
             if self.step == run.steps:
@@ -268,13 +221,19 @@ class Trainer:
             if saves:
                 self.watchdog.beat(f"step {self.step}: saving")
                 self._save()
-                clock.restart()
+                self.account.restart()
             if result.stopping and self.step < run.steps:
                 self._finish_saving()
                 raise Interrupted(f"{self.folder}: asked to stop by {self._stop_reason()}; saved at step {self.step}")
 
     def _due(self, every: int) -> bool:
         return every > 0 and (self.step % every == 0 or self.step == self.config.run.steps)
+
+    def _saves(self) -> bool:
+        # While a checkpoint is on its way to the disk, the one before it is what a kill leaves: two must fit in. Those
+        # in between come on top of the multiples of `save_every`, which `keep_every` counts on.
+        every = self.config.run.save_every
+        return self._due(every) or (self.saver.background and self.step % every == every // 2)
 
     def _stop_reason(self) -> str:
         return ", ".join(sorted({one for one in self.rank.gather(self.stop.received) if one}))
@@ -326,61 +285,19 @@ class Trainer:
         self.progress.n = self.step
         self._save()  # or an attempt that is killed now would meet the spike again
 
-    def _count(self, result: StepResult, batches: Sequence[ClipBatch], means: Means, clock: "Clock") -> None:
-        for loss, batch in zip(result.losses, batches, strict=True):
-            self._count_loss(loss, batch, means)
+    def _count(self, result: StepResult, batches: Sequence[ClipBatch]) -> None:
+        self.account.count(result.losses, batches)
         self.data.count(batches)
         for one in (one for batch in batches for one in batch.bad):
             self._say(f"{one.shard}: sample {one.key} replaced by {one.replaced_by}: {one.reason}", everyone=True)
-        for batch in batches:
-            shape = batch.shape
-            if self.loader.latents is not None:
-                means.add("from_latents", batch.is_latent.double().mean(), len(batch.keys))
-            if self.loader.text is not None:
-                made = batch.text_mask.any(1).double().mean() if batch.text_mask is not None else 0.0
-                means.add("from_text_features", made, len(batch.keys))
-            clips = len(batch.keys) * self.rank.world_size
-            clock.clips += clips
-            clock.tokens += clips * self.objective.tokens(*shape)
-            flops = 3 * clips * self._forward_flops(shape)
-            clock.flops += flops
-            self.flops += flops
-
-    def _count_loss(self, loss: Loss, batch: ClipBatch, means: Means) -> None:
-        """The loss, its parts, and where there are several, its mean over each bucket and each data set."""
-        value = loss.loss.detach()
-        counts = value.isfinite().double()  # what is not finite has left the update out, and must not hide the others
-        means.add("loss", value, counts)
-        for name, (part, weight) in loss.parts.items():
-            means.add(name, part, torch.as_tensor(weight, dtype=torch.float64, device=value.device) * counts)
-        if len(self.loader.order.buckets) > 1:
-            means.add("loss_{}x{}x{}".format(*batch.shape), value, counts)
-        if len(self.loader.index.set_shards) > 1:
-            sets = self.loader.index.set_of(batch.samples.numpy())
-            for number in range(len(self.loader.index.set_shards)):
-                inside = torch.from_numpy(sets == number).to(value.device)
-                mean = loss.each.double().where(inside, 0.0).sum() / inside.sum()
-                means.add(f"loss_set_{number}", mean, inside.sum() * counts)
 
     # ------------------------------------------------------------------------------------------------ side jobs
 
-    def _log(self, means: Means, clock: "Clock", lr: float, grad_norm: float) -> None:
-        values = means.read()
-        seconds = clock.seconds()
-        speed = clock.flops / seconds / self.rank.world_size
-        values |= {
-            "grad_norm": grad_norm,
-            "lr": lr,
-            "clips_per_s": clock.clips / seconds,
-            "tokens_per_s": clock.tokens / seconds,
-            "tflops_per_device": speed / 1e12,
-            "mfu": speed / self._peak,
-            "data_wait": max(self.rank.gather(clock.waited)) / seconds,  # the others wait for that rank
-            "left_out": self.left_out,
-            "flops": self.flops,
-            **self.data.line(self.step + self.jump),
-        }
-        clock.restart()
+    def _log(self, lr: float, grad_norm: float) -> None:
+        values = self.account.line(self._peak)
+        values |= {"grad_norm": grad_norm, "lr": lr, "left_out": self.left_out}
+        values |= self.data.line(self.step + self.jump)
+        self.account.restart()
         if self.tracker:
             self.tracker.log(self.step, values)
         if "loss" in values:
@@ -392,7 +309,7 @@ class Trainer:
         with self.engine.swapped(self.ema):
             values = self.objective.validate(self.engine, self.validation)
         if self.tracker:
-            self.tracker.log(self.step, values | {"flops": self.flops})
+            self.tracker.log(self.step, values | {"flops": self.account.flops})
 
     def _sample(self) -> None:
         if self.validation.count == 0:
@@ -422,7 +339,7 @@ class Trainer:
                 "rollbacks": self.rollbacks,
                 "jump": self.jump,
             },
-            "flops": self.flops,
+            "flops": self.account.flops,
             "clip": list(self.loader.order.buckets[0].shape),
             "fps": self.loader.order.buckets[0].fps or 0.0,
         }
@@ -440,7 +357,7 @@ class Trainer:
             self.rank,
             keep_last=run.keep_last,
             keep_every=run.keep_every,
-            background=run.save_in_background,
+            background=run.save_in_background and run.save_every > 1,
             on_failure=run.on_failed_save,
             token=lease.token,
             fence=lease.check,
@@ -471,7 +388,7 @@ class Trainer:
         guard = state["extra"]["guard"]
         self.guard.load_state(guard["updates"])
         self.left_out, self.rollbacks, self.jump = guard["left_out"], guard["rollbacks"], guard["jump"]
-        self.flops = state["extra"]["flops"]
+        self.account.flops = state["extra"]["flops"]
         self._say(f"{self.folder}: goes on from step {state['step']}")
         return int(state["step"])
 
@@ -483,7 +400,6 @@ class Trainer:
 
     def _start_tracking(self) -> None:
         self._peak = peak_flops(self.rank.device, self.config.logging.peak_tflops)
-        self._flops: dict[tuple[int, ...], int] = {}
         if self.rank.is_main:
             self.tracker = Tracker(
                 self.folder,
@@ -493,28 +409,6 @@ class Trainer:
                 config=self.facts.config,
             )
 
-    def _forward_flops(self, shape: tuple[int, ...]) -> int:
-        if shape not in self._flops:
-            self._flops[shape] = self.objective.flops(*shape)
-        return self._flops[shape]
-
     def _say(self, text: str, *, everyone: bool = False) -> None:
         if self.rank.is_main or everyone:
             tqdm.write(text)
-
-
-class Clock:
-    """Work and time since the last line of the record."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        """Forget what was counted: what follows is training again."""
-        self.start = time.perf_counter()
-        self.waited = self.flops = 0.0
-        self.clips = self.tokens = 0
-
-    def seconds(self) -> float:
-        """Wall-clock seconds since the last restart."""
-        return max(time.perf_counter() - self.start, 1e-9)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from sora_lite.data.index import Index
 from sora_lite.data.loader import ClipReader
-from sora_lite.data.shards import Manifest, Sample, ShardWriter, clip_digits
+from sora_lite.data.manifest import Manifest
+from sora_lite.data.shards import Sample, ShardWriter, clip_digits
 from sora_lite.evaluation.record import RECORD, read_record
 from sora_lite.generation.export import load_vae
 from sora_lite.models.vae import Posterior

@@ -58,8 +58,24 @@ def test_each_damage_of_each_file_is_found_before_anything_changes(tmp_path: Pat
     assert done >= 200 + 5 * files
 
 
+def damage_newest_two(folder: Path) -> None:
+    """Flip a bit of checkpoints 3 and 2, in files that different ranks wrote."""
+    for step, file in ((3, "model-rank_00001.safetensors"), (2, "state.json")):
+        path = folder / f"step_{step:08d}" / file
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 4
+        path.write_bytes(data)
+
+
+def expect_warnings(said: list[str]) -> None:
+    """What is damaged is named, and what becomes of it."""
+    assert [line.split(":")[0] for line in said] == ["warning"] * len(said)
+    for part in ("step_00000003/model-rank_00001", "step_00000002/state.json", "goes on from", "set aside"):
+        assert any(part in line for line in said), part
+
+
 def fall_back(rank: Rank, folder: str) -> None:
-    """Damage the newest two of three checkpoints, each in a file of another rank; then the pointer; then all."""
+    """Damage the newest two of three checkpoints, then the pointer, then all."""
     engine, ema = make(rank)
     digests = []
     for step in (1, 2, 3):
@@ -84,11 +100,7 @@ def fall_back(rank: Rank, folder: str) -> None:
     assert attempt() == 3
     assert not said
     if rank.is_main:
-        for step, file in ((3, "model-rank_00001.safetensors"), (2, "state.json")):
-            path = Path(folder) / f"step_{step:08d}" / file
-            data = bytearray(path.read_bytes())
-            data[len(data) // 2] ^= 4
-            path.write_bytes(data)
+        damage_newest_two(Path(folder))
     rank.barrier()
     dm.train_step(engine, 7)
     before = dm.digest(engine.full_state())
@@ -98,9 +110,7 @@ def fall_back(rank: Rank, folder: str) -> None:
     assert (Path(folder) / "latest").read_text() == "step_00000003\n"
     assert attempt() == 1
     if rank.is_main:
-        assert [line.split(":")[0] for line in said] == ["warning"] * len(said)
-        for part in ("step_00000003/model-rank_00001", "step_00000002/state.json", "goes on from", "set aside"):
-            assert any(part in line for line in said), part
+        expect_warnings(said)
     assert names() == ["latest", "step_00000001", "step_00000002", "step_00000003"]
     assert [path.name for _, _, path in store.complete(Path(folder))] == ["step_00000001"]
     rank.barrier()

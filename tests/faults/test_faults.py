@@ -24,7 +24,7 @@ STEPS = 12
 def settings(tiny: Tiny, folder: Path, *more: str) -> list[str]:
     return [
         "train", "experiment=tiny", f"data.shards={tiny.shards}", f"vae_from={tiny.vae}", f"run.root={folder}",
-        "run.name=run", f"run.steps={STEPS}", "run.save_every=4", "run.validate_every=0", "logging.peak_tflops=1",
+        "run.name=run", f"run.steps={STEPS}", "run.save_every=8", "run.validate_every=0", "logging.peak_tflops=1",
         "parallel.threads=1", *more,
     ]  # fmt: skip
 

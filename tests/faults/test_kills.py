@@ -64,8 +64,6 @@ def saved_step(run: Path) -> int:
 
 
 def kill_many(tiny: Tiny, folder: Path, kills: int, seed: int, background: bool) -> None:
-    # While a checkpoint is on its way to the disk, the one before it is what a kill leaves.
-    most_lost = (2 if background else 1) * SAVE_EVERY
     assert Ranks(folder / "log", WORLD, settings(tiny, folder / "calm", background)).end(120) == [0] * WORLD
     calm = content(folder / "calm/run")
     draw, done, number = random.Random(seed), 0, 0
@@ -85,7 +83,7 @@ def kill_many(tiny: Tiny, folder: Path, kills: int, seed: int, background: bool)
             assert finished or hit, f"an attempt ended by itself: {statuses}\n{ranks.log}"
             lines = [line["step"] for line in read_record(run / RECORD)] if (run / RECORD).exists() else [0]
             assert saved_step(run) >= before, "the pointer went back"
-            assert max(lines, default=0) - saved_step(run) <= most_lost, "more was lost than may be"
+            assert max(lines, default=0) - saved_step(run) <= SAVE_EVERY, "more was lost than may be"
         record, tensors = content(run)
         assert record == calm[0]
         assert tensors == calm[1]

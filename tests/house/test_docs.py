@@ -13,7 +13,7 @@ from project_tree import ROOT, name_of, project_files
 
 from data_tools.cli import VERBS as DATA_VERBS
 from data_tools.cli import main as sora_data
-from data_tools.config import parse
+from data_tools.compose import parse
 from sora_lite import config as schema
 from sora_lite.cli import VERBS, main
 from sora_lite.cli.compose import compose_tree

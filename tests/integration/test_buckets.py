@@ -9,7 +9,8 @@ from PIL import Image
 from data_tools.cli import main
 from sora_lite.data.buckets import Row, assign
 from sora_lite.data.index import Index
-from sora_lite.data.shards import Manifest, Sample, ShardWriter
+from sora_lite.data.manifest import Manifest
+from sora_lite.data.shards import Sample, ShardWriter
 
 SIZES = [(360, 640), (640, 360), (360, 640), (480, 480)]
 FRAMES = (150, 60)

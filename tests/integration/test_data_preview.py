@@ -15,7 +15,7 @@ from data_tools.cli import main as sora_data
 from sora_lite.cli.compose import compose
 from sora_lite.cli.data_preview import one_of
 from sora_lite.data.index import Index
-from sora_lite.data.shards import Manifest
+from sora_lite.data.manifest import Manifest
 from sora_lite.generation.export import load_vae
 from sora_lite.training.inputs import load_split, make_loader
 from sora_lite.training.objective_dit import DiTObjective

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from sora_lite.data.index import Index
-from sora_lite.data.shards import Manifest
+from sora_lite.data.manifest import Manifest
 from sora_lite.data.video import write_mp4
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

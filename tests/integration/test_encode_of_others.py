@@ -19,8 +19,8 @@ from sora_lite.data.compiled import open_index
 from sora_lite.data.index import Index
 from sora_lite.data.joined import Joined, LatentReader, Members, open_join
 from sora_lite.data.loader import ClipLoader, ClipReader
+from sora_lite.data.manifest import Manifest
 from sora_lite.data.remote import ReadCounts
-from sora_lite.data.shards import Manifest
 from sora_lite.errors import UserError
 from sora_lite.evaluation.record import RECORD, read_record
 from sora_lite.generation.export import load_vae

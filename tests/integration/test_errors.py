@@ -10,7 +10,7 @@ import pytest
 from tiny_inputs import Tiny, call, make_vae
 
 from sora_lite.data.index import Index
-from sora_lite.data.shards import Manifest
+from sora_lite.data.manifest import Manifest
 
 Refused = Callable[..., str]
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from tiny_inputs import Tiny, call
 
-from sora_lite.data.shards import Manifest, Sample, ShardWriter
+from sora_lite.data.manifest import Manifest
+from sora_lite.data.shards import Sample, ShardWriter
 from sora_lite.data.video import encode_mp4, encode_png
 from sora_lite.evaluation.record import RECORD, read_record
 

@@ -15,7 +15,7 @@ from sora_lite.data.compiled import open_index
 from sora_lite.data.index import Index
 from sora_lite.data.joined import open_join
 from sora_lite.data.loader import ClipLoader
-from sora_lite.data.shards import Manifest
+from sora_lite.data.manifest import Manifest
 
 RANKS, WORKERS, STEPS = (1, 2, 4, 8), (0, 1, 2, 4), 8
 ROWS = [

@@ -27,9 +27,9 @@ from sora_lite.data.compiled import open_index
 from sora_lite.data.index import Index
 from sora_lite.data.joined import Joined, open_join
 from sora_lite.data.loader import ClipLoader
+from sora_lite.data.manifest import Manifest
 from sora_lite.data.remote import Location, Patience, Url
 from sora_lite.data.shard_cache import ShardCache
-from sora_lite.data.shards import Manifest
 from sora_lite.errors import UserError
 from sora_lite.evaluation.record import RECORD, read_record
 from sora_lite.training.data_record import QUARANTINE

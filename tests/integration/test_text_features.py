@@ -19,8 +19,9 @@ from sora_lite.data.compiled import open_index
 from sora_lite.data.index import Index
 from sora_lite.data.joined import CaptionReader, Joined, Members, open_join, text_sample
 from sora_lite.data.loader import ClipLoader
+from sora_lite.data.manifest import Manifest
 from sora_lite.data.remote import ReadCounts
-from sora_lite.data.shards import DamagedSample, Manifest, Sample, ShardWriter, clip_digits
+from sora_lite.data.shards import DamagedSample, Sample, ShardWriter, clip_digits
 from sora_lite.errors import UserError
 from sora_lite.generation.export import load_vae
 from sora_lite.generation.text import open_encoders

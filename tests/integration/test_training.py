@@ -14,6 +14,7 @@ from sora_lite.data.loader import ClipReader
 from sora_lite.evaluation.record import RECORD, read_record
 from sora_lite.generation.export import load_vae
 from sora_lite.generation.pipeline import to_float
+from sora_lite.training import store
 from sora_lite.training.trainer import Trainer
 
 
@@ -59,6 +60,13 @@ def test_an_unfinished_vae_is_not_exported(
     # lowered to where it is, the run ends and can be exported
     assert call("train-vae", *settings(tiny, tmp_path, "run.steps=1")) == 0
     assert call("export", f"run={tmp_path / 'tiny_vae'}") == 0
+
+
+def test_every_multiple_that_shall_be_kept_is_kept(tiny: Tiny, tmp_path: Path) -> None:
+    more = ["run.steps=12", "run.save_every=5", "run.keep_every=5", "run.keep_last=1", "run.validate_every=0"]
+    assert call("train-vae", *settings(tiny, tmp_path, *more)) == 0
+    kept = [step for step, _, _ in store.complete(tmp_path / "tiny_vae" / "checkpoints")]
+    assert kept == [5, 10, 12]
 
 
 @pytest.mark.parametrize("stage", [1, 3])

@@ -12,7 +12,8 @@ import stamped
 
 from data_tools.cli import main as sora_data
 from sora_lite.data.index import Index
-from sora_lite.data.shards import Manifest, ShardReader
+from sora_lite.data.manifest import Manifest
+from sora_lite.data.shards import ShardReader
 from sora_lite.data.video import decode_clip
 
 RATE = 25

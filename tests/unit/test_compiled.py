@@ -13,8 +13,9 @@ from sora_lite.data import compiled, index
 from sora_lite.data.buckets import Row
 from sora_lite.data.compiled import ColumnWriter, open_buckets, open_index
 from sora_lite.data.index import COLUMNS, Index
+from sora_lite.data.manifest import Manifest
 from sora_lite.data.order import Order
-from sora_lite.data.shards import Manifest, Sample, ShardWriter
+from sora_lite.data.shards import Sample, ShardWriter
 from sora_lite.errors import UserError
 
 ROWS = [

@@ -10,6 +10,7 @@ from sora_lite.diffusion.guidance import guided
 from sora_lite.diffusion.loss import mse_per_sample
 from sora_lite.diffusion.path import TARGETS, prediction
 from sora_lite.diffusion.process import Process
+from sora_lite.diffusion.sampler import SAMPLERS
 from sora_lite.diffusion.schedule import (
     BETAS,
     posterior_mean_weights,
@@ -212,6 +213,16 @@ def test_shift_is_resolutions_noise_ratio() -> None:
     grid = sampling_grid(4, 3.0)
     assert (grid[0], grid[-1], len(grid)) == (1, 0, 5)
     assert (grid.diff() < 0).all()
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.21, math.sqrt(16 / 256), math.exp(-1.7), 1.13, math.sqrt(1280 / 256), 12.7])
+def test_a_shifted_grid_still_begins_in_pure_noise(alpha: float) -> None:
+    """A signal one rounding below 0 has no logarithm, and one above it would pass for a step that has a past."""
+    first = Process().grid(5, alpha)[0]
+    assert (first.time, first.alpha, first.sigma) == (1.0, 0.0, 1.0)
+    still = Process().denoiser(lambda x, time: torch.zeros_like(x))
+    x = torch.ones(1, 1)
+    assert torch.isfinite(SAMPLERS["dpmpp_2m"].sample(still, x, Process().grid(5, alpha), lambda step: x)).all()
 
 
 def test_shift_grows_with_tokens_as_published() -> None:

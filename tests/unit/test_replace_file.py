@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sora_lite.data.shards import replace_file
+from sora_lite.data.files import replace_file
 
 ROUNDS = 60
 

@@ -3,7 +3,7 @@
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,14 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_tools import plan as planning
-from data_tools import report, report_page
-from data_tools.config import SCORES, DataConfig, parse
+from data_tools import report, report_frames, report_histogram, report_page
+from data_tools.compose import parse
+from data_tools.config import SCORES, DataConfig
 from data_tools.job import Job
+from data_tools.lists import Row
 from data_tools.plan import Packed, Plan
 from data_tools.probe import Probed, probe_key
-from data_tools.sources import Row, Source
-from sora_lite.data.shards import Manifest, Sample, ShardWriter
-from sora_lite.data.video import VideoFacts
+from data_tools.sources import Source
+from sora_lite.data.manifest import Manifest
+from sora_lite.data.shards import Sample, ShardWriter
+from sora_lite.data.video import BadVideo, VideoFacts
 
 RULES = "filter.rules=[{score: motion, min: 0.25}, {score: sharpness, max_percentile: 90}]"
 
@@ -170,19 +173,19 @@ def test_clock() -> None:
 )
 def test_a_histogram_holds_every_clip_once(values: Sequence[float], low: float | None, high: float | None) -> None:
     ends = [(kind, end) for kind, end in (("min", low), ("max", high)) if end is not None]
-    drawn = report_page.histogram(np.array(values), ends)
+    drawn = report_histogram.histogram(np.array(values), ends)
     counts = [re.findall(r"([\d,]+) (?:clips?|left out)", bar.title) + ["0"] for bar in drawn.bars]
     assert sum(int(count[0]) for count in counts) == len(values)
     outside = [v for v in values if (low is not None and v < low) or (high is not None and v > high)]
     assert sum(int(count[1]) for count in counts) == len(outside)
-    assert all(0 <= bar.left < report_page.WIDTH and bar.kept + bar.out > 0 for bar in drawn.bars)
+    assert all(0 <= bar.left < report_histogram.WIDTH and bar.kept + bar.out > 0 for bar in drawn.bars)
     places = [place for place, _ in [*drawn.ticks, *drawn.marks, *drawn.ends]]
-    assert all(0 <= place <= report_page.WIDTH for place in places) and len(drawn.ticks) <= 12
+    assert all(0 <= place <= report_histogram.WIDTH for place in places) and len(drawn.ticks) <= 12
 
 
 def test_a_few_far_values_do_not_squeeze_the_others() -> None:
     values = np.r_[np.linspace(0, 1, 1000), 1e6]
-    drawn = report_page.histogram(values, [])
+    drawn = report_histogram.histogram(values, [])
     assert len(drawn.bars) > 20 and drawn.bars[-1].title.startswith(drawn.bars[-1].title.split(" to ")[0] + " to …")
 
 
@@ -195,17 +198,17 @@ def test_how_alike_clips_are() -> None:
 def test_frames_are_the_first_at_or_after_their_times_and_far_ones_are_leapt_to() -> None:
     begun = []
 
-    def begin(pts: int) -> report_page.Iterator[tuple[int, np.ndarray]]:
+    def begin(pts: int) -> Iterator[tuple[int, np.ndarray]]:
         begun.append(pts)
         return ((time, np.array(time)) for time in range(0, 1000, 10) if time >= pts)
 
     def at(times: list[int], far: int | None) -> list[int]:
         begun.clear()
-        return [int(frame) for _, frame in report_page._frames_at(begin, times, far)]
+        return [int(frame) for _, frame in report_frames._frames_at(begin, times, far)]
 
     assert at([5, 8, 10, 11, 500, 505], 100) == [10, 10, 10, 20, 500, 510] and begun == [5, 500]
     assert at([5, 500], None) == [10, 500] and begun == [5]
-    with pytest.raises(report_page.BadVideo, match="changed"):
+    with pytest.raises(BadVideo, match="changed"):
         at([5, 995], None)
 
 

@@ -14,9 +14,10 @@ import pytest
 from bad_server import BadServer, serving
 
 from sora_lite.data.index import Index, OpenShards
+from sora_lite.data.manifest import Manifest
 from sora_lite.data.remote import Patience, ReadCounts, Url, locate
 from sora_lite.data.shard_cache import ShardCache
-from sora_lite.data.shards import DamagedSample, Manifest, Sample, ShardWriter
+from sora_lite.data.shards import DamagedSample, Sample, ShardWriter
 from sora_lite.errors import UserError
 
 IMPATIENT = Patience(retries=2, timeout=0.5)

@@ -9,7 +9,8 @@ import pytest
 import webdataset
 
 from sora_lite.data.index import Index
-from sora_lite.data.shards import SCHEMA_VERSION, DamagedSample, Manifest, Sample, ShardReader, ShardWriter
+from sora_lite.data.manifest import SCHEMA_VERSION, Manifest
+from sora_lite.data.shards import DamagedSample, Sample, ShardReader, ShardWriter
 from sora_lite.errors import UserError
 
 

@@ -19,7 +19,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_tools.sources import SOURCES_SCHEMA, Row, Source, find_sources, open_source, printable
+from data_tools.lists import Row
+from data_tools.locations import open_source, printable
+from data_tools.sources import SOURCES_SCHEMA, Source, find_sources
 from sora_lite.data.video import BadVideo
 from sora_lite.errors import UserError
 

@@ -51,10 +51,16 @@ def read_folder(folder: Path) -> tuple[Contract, dict[str, Tensor]]:
         )
     try:
         architecture = architecture_of(layout, config)
+        clip = _clip(layout, config)
+    except KeyError as error:
+        raise UserError(f"{folder / _CONFIG}: lacks {error}; take the file that diffusers has saved") from error
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise UserError(f"{folder / _CONFIG}: is of no model that can be imported ({error})") from error
+    try:
         weights = to_ours(ENTRIES[layout](architecture), _read_weights(folder))
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: {error}") from error
-    return imported(folder, layout, architecture, _clip(layout, config)), weights
+    except ValueError as error:
+        raise UserError(f"{folder}: {error}; take weights and {_CONFIG} from the same place") from error
+    return imported(folder, layout, architecture, clip), weights
 
 
 def imported(source: Path, layout: str, architecture: dict[str, Any], clip: list[int]) -> Contract:

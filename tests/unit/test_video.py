@@ -17,17 +17,20 @@ import stamped as stamps
 from odd_videos import audio_only
 from PIL import Image
 
-from sora_lite.data import video
 from sora_lite.data.buckets import frames_at
 from sora_lite.data.video import (
+    GOP,
     BadVideo,
     Box,
     Limits,
     cut_clips,
     decode_clip,
+    decoding,
     encode_mp4,
     probe,
+    probing,
     read_frames,
+    reader,
     write_mp4,
 )
 from sora_lite.errors import UserError
@@ -96,7 +99,7 @@ def test_written_files_have_closed_groups_constant_rate_and_colour_tags(tmp_path
         keys = [i for i, frame in enumerate(file.decode(video=0)) if frame.key_frame]
         context = file.streams.video[0].codec_context
         assert (context.colorspace, context.color_range) == (1, 1)
-    assert keys[0] == 0 and max(np.diff([*keys, 120])) <= video.GOP
+    assert keys[0] == 0 and max(np.diff([*keys, 120])) <= GOP
 
 
 def test_colours_come_back() -> None:
@@ -353,8 +356,8 @@ def test_the_bytes_of_clips_never_vary() -> None:
 def test_long_gaps_between_clips_are_leapt(monkeypatch: pytest.MonkeyPatch) -> None:
     data = stamps.h264(pictures=stamps.pictures(240))
     pts, decoded = probe(data).pts, []
-    check = video._Check.__call__
-    monkeypatch.setattr(video._Check, "__call__", lambda self, *frame: decoded.append(frame) or check(self, *frame))
+    check = reader.Check.__call__
+    monkeypatch.setattr(reader.Check, "__call__", lambda self, *frame: decoded.append(frame) or check(self, *frame))
     clips = [np.arange(first, first + 3) for first in (5, 100, 200)]
     found = list(cut_clips(data, pts=pts, clips=clips, size=(96, 128), fps=Fraction(25), crf=20))
     assert [stamps.read_stamp(frame) for media in found for frame in decode_clip(media, frames=3)] == [
@@ -372,7 +375,7 @@ def test_long_gaps_between_clips_are_leapt(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.fixture
 def undecided(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(video, "_agreed", [])
+    monkeypatch.setattr(decoding, "_agreed", [])
 
 
 @pytest.mark.usefixtures("undecided")
@@ -397,8 +400,8 @@ def test_decord_is_not_used_if_it_decodes_something_else(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("decord")
-    clip, by_decord = encode_mp4(stamped(), 8, 10), video._decode_by_decord
-    monkeypatch.setattr(video, "_decode_by_decord", lambda *wanted: by_decord(*wanted)[::-1])
+    clip, by_decord = encode_mp4(stamped(), 8, 10), decoding._decode_by_decord
+    monkeypatch.setattr(decoding, "_decode_by_decord", lambda *wanted: by_decord(*wanted)[::-1])
     for _ in range(2):
         assert numbers(decode_clip(clip, frames=FRAMES, decoder="decord")) == list(range(FRAMES))
     assert capsys.readouterr().err.count("PyAV decodes instead") == 1
@@ -406,7 +409,7 @@ def test_decord_is_not_used_if_it_decodes_something_else(
 
 @pytest.mark.usefixtures("undecided")
 def test_decord_never_sees_files_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(video, "_decode_by_decord", lambda *wanted: pytest.fail("it did"))
+    monkeypatch.setattr(decoding, "_decode_by_decord", lambda *wanted: pytest.fail("it did"))
     assert numbers(decode_clip(muxed(stamped()), frames=FRAMES, decoder="decord")) == list(range(FRAMES))
 
 
@@ -424,8 +427,8 @@ def test_frames_that_nobody_wants_are_passed_over_and_the_others_are_exact(
     """Against a decoding of every frame, by number: floor(i * rate / fps)."""
     clip = encode_mp4(list(stamps.pictures(100)), rate, 18)
     whole = decode_clip(clip, frames=100)
-    decoded, check = [], video._Check.__call__
-    monkeypatch.setattr(video._Check, "__call__", lambda self, *frame: decoded.append(frame) or check(self, *frame))
+    decoded, check = [], reader.Check.__call__
+    monkeypatch.setattr(reader.Check, "__call__", lambda self, *frame: decoded.append(frame) or check(self, *frame))
     for start, stride in itertools.product(
         (0, 1, 46, 70), (Fraction(1), Fraction(2), Fraction(7, 2), Fraction(4), Fraction(9))
     ):
@@ -441,8 +444,8 @@ def test_frames_that_nobody_wants_are_passed_over_and_the_others_are_exact(
 
 def test_own_clips_are_entered_at_the_keyframe_before(monkeypatch: pytest.MonkeyPatch) -> None:
     clip = encode_mp4(list(stamps.pictures(120)), Fraction(24000, 1001), 18)
-    decoded, check = [], video._Check.__call__
-    monkeypatch.setattr(video._Check, "__call__", lambda self, *frame: decoded.append(frame) or check(self, *frame))
+    decoded, check = [], reader.Check.__call__
+    monkeypatch.setattr(reader.Check, "__call__", lambda self, *frame: decoded.append(frame) or check(self, *frame))
     for start in (1, 47, 48, 49, 95, 97, 118):
         decoded.clear()
         frames = decode_clip(clip, frames=2, start_frame_offset=start)
@@ -466,7 +469,7 @@ def test_what_is_beyond_the_limits_is_refused_before_it_is_decoded(
     limits: dict[str, int], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = encode_mp4(stamped(), 8, 10)
-    monkeypatch.setattr(video._Check, "__call__", lambda *frame: pytest.fail("it was decoded"))
+    monkeypatch.setattr(reader.Check, "__call__", lambda *frame: pytest.fail("it was decoded"))
     for call in (probe, lambda data, limits: list(read_frames(data, limits=limits))):
         with pytest.raises(BadVideo, match=reason):
             call(data, limits=Limits(**limits))
@@ -534,8 +537,8 @@ def test_bad_files_are_refused_with_a_reason(make, reason: str, tmp_path: Path) 
 def test_no_second_file_is_opened_even_if_the_first_bytes_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_mp4(tmp_path / "secret.mp4", stamped(3), 8)
     playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{tmp_path}/secret.mp4\n#EXT-X-ENDLIST\n"
-    monkeypatch.setattr(video, "sniff", lambda head: "hls")
-    with pytest.raises((BadVideo, PermissionError)):
+    monkeypatch.setattr(probing, "sniff", lambda head: "hls")
+    with pytest.raises((BadVideo, PermissionError), match="hls"):
         probe(playlist.encode())
 
 

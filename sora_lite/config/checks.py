@@ -42,10 +42,20 @@ def check(config: object) -> None:
         _check_text(config)
     if isinstance(config, DataPreviewConfig):
         _check_preview(config)
+    if isinstance(config, InspectConfig) and config.latent is not None:
+        wrong = len(config.latent) != 4 or min(config.latent) < 1
+        _require(not wrong, "latent", f"must be [channels, frames, height, width], not {config.latent}")
     if isinstance(config, GenerateConfig | EvaluateConfig):
         _check_sampling(config.sampling)
+        _at_least(1, config, "count", "threads")
+    if isinstance(config, GenerateConfig):
+        _check_generate(config)
     if isinstance(config, EvaluateConfig):
+        _at_least(1, config, "clips", "judge_steps")
         _require(FrameMode.random not in config.frames, "frames", "random is for training; take before or first_last")
+        _require(
+            bool(config.attributes or config.frames), "attributes", "is empty; name columns such as [digit], or frames"
+        )
     if isinstance(config, TrainVAEConfig):
         _require(not any(config.data.latent_folders), "data.latents", "a VAE is trained on video; leave them out")
         _require(not any(config.data.text_folders), "data.text", "a VAE reads no text; leave it out")
@@ -55,6 +65,12 @@ def check(config: object) -> None:
 def _require(holds: bool, key: str, message: str) -> None:
     if not holds:
         raise UserError(f"{key}: {message}")
+
+
+def _at_least(least: int, group: object, *keys: str, within: str = "") -> None:
+    for key in keys:
+        value = getattr(group, key)
+        _require(value is None or value >= least, f"{within}{key}", f"must be at least {least}, not {value}")
 
 
 def _check_run(run: RunConfig, guard: GuardConfig) -> None:
@@ -164,7 +180,19 @@ def _check_sets(data: DataConfig) -> None:
     )
 
 
+def _check_generate(config: GenerateConfig) -> None:
+    _at_least(1, config, "frames")
+    _require(config.fps is None or config.fps > 0, "fps", f"must be above 0, not {config.fps}")
+    size = config.resolution
+    _require(size is None or (len(size) == 2 and min(size) >= 1), "resolution", f"must be [height, width], not {size}")
+
+
 def _check_dit(model: DiTConfig) -> None:
+    _at_least(1, model, "width", "depth", "heads", "text_tokens", within="model.")
+    _at_least(0, model, "num_classes", "text_features", "pooled_features", within="model.")
+    for key in ("mlp_ratio", "rope_theta"):
+        value = getattr(model, key)
+        _require(0 < value < math.inf, f"model.{key}", f"must be above 0, not {value}")
     _require(model.width % model.heads == 0, "model.heads", f"{model.heads} does not divide model.width={model.width}")
     head = model.width // model.heads
     if model.positions is Positions.rope:
@@ -175,8 +203,11 @@ def _check_dit(model: DiTConfig) -> None:
         _require(model.width % 4 == 0, "model.width", f"{model.width} must be a multiple of 4 for sines and cosines")
     if model.text is not None:
         text = model.text
+        _at_least(1, text, "width", "heads", "max_bytes", within="model.text.")
+        _at_least(0, text, "depth", within="model.text.")
         _require(text.width % text.heads == 0, "model.text.heads", f"{text.heads} does not divide {text.width}")
-    _require(len(model.patch) == 3, "model.patch", f"must be [frames, height, width], not {model.patch}")
+    whole = len(model.patch) == 3 and min(model.patch) >= 1
+    _require(whole, "model.patch", f"must be [frames, height, width], not {model.patch}")
     features = model.text_features > 0 or model.pooled_features > 0
     _require(
         model.num_classes > 0 or model.text is not None or features,
@@ -188,7 +219,6 @@ def _check_dit(model: DiTConfig) -> None:
         "model.text_features",
         "and model.pooled_features are instead of the encoder over bytes; set model.text=null",
     )
-    _require(model.text_tokens >= 1, "model.text_tokens", f"must be at least 1, not {model.text_tokens}")
     _require(not model.pad_text or model.text_features > 0, "model.pad_text", "needs model.text_features")
     if model.text_attention is TextAttention.joint:
         reads = model.text is not None or model.text_features > 0
@@ -245,8 +275,8 @@ def _check_diffusion(diffusion: DiffusionConfig, learn_variance: bool) -> None:
 
 
 def _check_sampling(sampling: SamplingConfig) -> None:
-    for key in ("steps", "batch"):
-        _require(getattr(sampling, key) >= 1, f"sampling.{key}", f"must be at least 1, not {getattr(sampling, key)}")
+    _at_least(1, sampling, "steps", "batch", within="sampling.")
+    _require(math.isfinite(sampling.guidance), "sampling.guidance", f"must be a number, not {sampling.guidance}")
     _require(0 <= sampling.eta <= 1, "sampling.eta", f"must lie in [0, 1], not {sampling.eta}")
     _require(
         sampling.eta == 0 or sampling.sampler is Sampler.ddim,

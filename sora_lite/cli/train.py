@@ -1,5 +1,6 @@
 """`sora-lite train` and `sora-lite train-vae`."""
 
+import errno
 import json
 import os
 import sys
@@ -37,7 +38,7 @@ def main(config: TrainConfig | TrainVAEConfig) -> None:
         torch.use_deterministic_algorithms(True)
     rank = init_rank(threads=config.parallel.threads)
     try:
-        train(config, rank)
+        _train(config, rank)
     except Exception as error:
         if rank.world_size == 1:
             raise
@@ -46,6 +47,16 @@ def main(config: TrainConfig | TrainVAEConfig) -> None:
     finally:
         shutdown()
         release_groups()
+
+
+def _train(config: TrainConfig | TrainVAEConfig, rank: Rank) -> None:
+    """`train`, with what a disk refuses as people can mend it."""
+    try:
+        train(config, rank)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        raise store.explain(error, Path(config.run.root) / config.run.name) from error
 
 
 def _tell(error: Exception, rank: Rank) -> int:

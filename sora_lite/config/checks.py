@@ -30,6 +30,8 @@ def check(config: object) -> None:
     """
     if isinstance(config, BaseTrainConfig):
         _check_run(config.run, config.guard)
+        peak = config.logging.peak_tflops
+        _require(peak is None or 0 < peak < math.inf, "logging.peak_tflops", f"must be above 0, or null, not {peak}")
         _check_optim(config.optim)
         _check_parallel(config.parallel)
         _check_data(config.data)
@@ -74,11 +76,14 @@ def _at_least(least: int, group: object, *keys: str, within: str = "") -> None:
 
 
 def _check_run(run: RunConfig, guard: GuardConfig) -> None:
-    _require(bool(run.name) and "/" not in run.name, "run.name", f"{run.name!r} is no folder name; leave out slashes")
+    named = bool(run.name.strip(".")) and "/" not in run.name and run.name.isprintable()
+    _require(named, "run.name", f"{run.name!r} is no name of a folder; leave out slashes, and take more than dots")
+    _require(0 <= run.seed < 2**63, "run.seed", f"must be at least 0 and below 2^63, not {run.seed}")
     for key in ("steps", "log_every", "save_every", "keep_last"):
         _require(getattr(run, key) >= 1, f"run.{key}", "must be at least 1")
     _require(run.check_every >= 1, "run.check_every", f"must be at least 1, not {run.check_every}")
-    _require(run.watchdog_seconds > 0, "run.watchdog_seconds", f"must be above 0, not {run.watchdog_seconds}")
+    watched = 0 < run.watchdog_seconds <= 1e6
+    _require(watched, "run.watchdog_seconds", f"must be above 0, and at most 1e6, not {run.watchdog_seconds}")
     for key in ("validate_every", "validation_samples", "sample_every", "keep_every"):
         _require(getattr(run, key) >= 0, f"run.{key}", "must be at least 0")
     _require(guard.window >= 2, "guard.window", f"must be at least 2, not {guard.window}")
@@ -88,14 +93,22 @@ def _check_run(run: RunConfig, guard: GuardConfig) -> None:
 
 
 def _check_optim(optim: OptimConfig) -> None:
-    _require(optim.lr > 0, "optim.lr", f"must be above 0, not {optim.lr}")
-    _require(len(optim.betas) == 2, "optim.betas", f"needs two numbers, not {optim.betas}")
+    _require(0 < optim.lr < math.inf, "optim.lr", f"must be above 0, not {optim.lr}")
+    betas = len(optim.betas) == 2 and all(0 <= beta < 1 for beta in optim.betas)
+    _require(betas, "optim.betas", f"needs two numbers in [0, 1), not {optim.betas}")
+    _require(0 < optim.eps < math.inf, "optim.eps", f"must be above 0, not {optim.eps}")
+    for key in ("weight_decay", "clip"):
+        value = getattr(optim, key)
+        _require(0 <= value < math.inf, f"optim.{key}", f"must be at least 0, not {value}")
+    _require(0 <= optim.final_lr <= 1, "optim.final_lr", f"is a fraction in [0, 1] of optim.lr, not {optim.final_lr}")
     _require(optim.warmup_steps >= 0, "optim.warmup_steps", f"must be at least 0, not {optim.warmup_steps}")
     _require(0 <= optim.ema_decay < 1, "optim.ema_decay", f"must lie in [0, 1), not {optim.ema_decay}")
 
 
 def _check_parallel(parallel: ParallelConfig) -> None:
     _require(parallel.accumulation >= 1, "parallel.accumulation", f"must be at least 1, not {parallel.accumulation}")
+    threads = parallel.threads
+    _require(threads is None or threads >= 1, "parallel.threads", f"must be at least 1, or null, not {threads}")
     _require(parallel.zero_stage in (0, 1, 2, 3), "parallel.zero_stage", f"is 0, 1, 2 or 3, not {parallel.zero_stage}")
     _require(
         parallel.precision is Precision.fp32 or parallel.zero_stage > 0,
@@ -113,18 +126,21 @@ def _check_data(data: DataConfig) -> None:
     for key in ("batch_tokens", "divisor", "block_shards"):
         _require(getattr(data, key) >= 1, f"data.{key}", f"must be at least 1, not {getattr(data, key)}")
     _check_sets(data)
-    _require(data.fps is None or data.fps > 0, "data.fps", f"must be above 0, or null, not {data.fps}")
-    _require(data.workers >= 0, "data.workers", f"must be at least 0, not {data.workers}")
-    _require(data.io_retries >= 0, "data.io_retries", f"must be at least 0, not {data.io_retries}")
+    _require(data.fps is None or 0 < data.fps < math.inf, "data.fps", f"must be above 0, or null, not {data.fps}")
+    for key in ("workers", "io_retries", "cache_mb"):
+        _require(getattr(data, key) >= 0, f"data.{key}", f"must be at least 0, not {getattr(data, key)}")
     for key in ("shard_cache_gb", "io_timeout", "worker_timeout"):
-        _require(getattr(data, key) > 0, f"data.{key}", f"must be above 0, not {getattr(data, key)}")
+        value = getattr(data, key)
+        _require(0 < value <= 1e6, f"data.{key}", f"must be above 0, and at most 1e6, not {value}")
+    bad = data.max_bad_fraction
+    _require(0 <= bad <= 1, "data.max_bad_fraction", f"is a fraction in [0, 1], not {bad}")
     _require(len(data.buckets) > 0, "data.buckets", "is empty; give at least one row {resolution: [H, W], frames: T}")
     for i, rule in enumerate(data.buckets):
         key = f"data.buckets[{i}]"
         _require(len(rule.resolution) == 2, f"{key}.resolution", f"must be [height, width], not {rule.resolution}")
         _require(min(rule.resolution) >= 1, f"{key}.resolution", f"must be at least 1 pixel, not {rule.resolution}")
         _require(rule.frames >= 1, f"{key}.frames", f"must be at least 1, not {rule.frames}")
-        _require(rule.fps is None or rule.fps > 0, f"{key}.fps", f"must be above 0, or null, not {rule.fps}")
+        _require(rule.fps is None or 0 < rule.fps < math.inf, f"{key}.fps", f"must be above 0, or null, not {rule.fps}")
         _require(0 < rule.keep <= 1, f"{key}.keep", f"is a fraction in (0, 1], not {rule.keep}")
         if rule.batch is not None:
             _require(rule.batch >= 1, f"{key}.batch", f"must be at least 1, not {rule.batch}")

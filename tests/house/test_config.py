@@ -156,6 +156,18 @@ def test_a_wrong_value_names_its_key(root: str, override: str, says: str) -> Non
 @pytest.mark.parametrize(
     ("root", "override", "says"),
     [
+        ("train", "run.name=..", "run.name: '..' is no name of a folder"),
+        ("train", "run.seed=99999999999999999999", "run.seed: must be at least 0"),
+        ("train", "run.watchdog_seconds=inf", "run.watchdog_seconds: must be above 0"),
+        ("train", "logging.peak_tflops=0", "logging.peak_tflops: must be above 0"),
+        ("train", "optim.betas=[0.9,1.0]", "optim.betas: needs two numbers in [0, 1)"),
+        ("train", "optim.eps=-1", "optim.eps: must be above 0"),
+        ("train", "optim.clip=-1", "optim.clip: must be at least 0"),
+        ("train", "parallel.threads=0", "parallel.threads: must be at least 1"),
+        ("train", "data.cache_mb=-1", "data.cache_mb: must be at least 0"),
+        ("train", "data.shard_cache_gb=inf", "data.shard_cache_gb: must be above 0"),
+        ("train", "data.max_bad_fraction=2", "data.max_bad_fraction: is a fraction"),
+        ("train", "data.cache=~/index", "data.cache: '~/index' cannot be read; close every bracket"),
         ("inspect", "model.heads=0", "model.heads: must be at least 1, not 0"),
         ("inspect", "model.depth=-1", "model.depth: must be at least 1"),
         ("inspect", "model.num_classes=-1", "model.num_classes: must be at least 0"),

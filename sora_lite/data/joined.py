@@ -300,7 +300,7 @@ def open_join(
         content=content,
     )
     for (number, folder), origin in zip(given, encoded.origins, strict=True):
-        _refuse_others(folder, origin, index.origins[number].config_hash, number, expected)
+        _require_origin(folder, origin, index.origins[number].config_hash, number, expected)
     sets = [number for number, _ in given]
     if index.folder is None:
         return Joined(index=encoded, rows=np.concatenate([np.empty(0, np.int64), *_match(index, encoded, sets)]))
@@ -312,7 +312,7 @@ def open_join(
     return Joined(index=encoded, rows=map_column(folder / "rows.npy"))
 
 
-def _refuse_others(folder: Location, origin: Origin, clips: str, data_set: int, expected: Mapping[str, Any]) -> None:
+def _require_origin(folder: Location, origin: Origin, clips: str, data_set: int, expected: Mapping[str, Any]) -> None:
     """Raise UserError unless what is in a folder was made of the clips of these settings, with what is expected."""
     for name, value in expected.items():
         if origin.encoding.get(name) != value:

@@ -35,6 +35,13 @@ def check(config: object) -> None:
         _check_optim(config.optim)
         _check_parallel(config.parallel)
         _check_data(config.data)
+        limit, patience = config.run.watchdog_seconds, config.data.worker_timeout
+        _require(
+            config.data.workers == 0 or patience < limit,
+            "data.worker_timeout",
+            f"{patience:g} is not below run.watchdog_seconds={limit:g}, which would end the run before a worker that "
+            "hangs is started anew; change one of them",
+        )
     if isinstance(config, TrainConfig | InspectConfig):
         _check_dit(config.model)
     if isinstance(config, TrainConfig):

@@ -158,6 +158,9 @@ class Trainer:
                     seconds=run.watchdog_seconds,
                 )
             )
+            # Validation and sampling may take longer than a step: each forward pass is progress.
+            hook = self.engine.module.register_forward_pre_hook(lambda *_: self.watchdog.go_on())
+            ending.callback(hook.remove)
             self.progress = ending.enter_context(
                 tqdm(
                     total=run.steps,

@@ -164,6 +164,7 @@ def test_a_wrong_value_names_its_key(root: str, override: str, says: str) -> Non
         ("train", "optim.eps=-1", "optim.eps: must be above 0"),
         ("train", "optim.clip=-1", "optim.clip: must be at least 0"),
         ("train", "parallel.threads=0", "parallel.threads: must be at least 1"),
+        ("train", "data.worker_timeout=300", "data.worker_timeout: 300 is not below run.watchdog_seconds=300"),
         ("train", "data.cache_mb=-1", "data.cache_mb: must be at least 0"),
         ("train", "data.shard_cache_gb=inf", "data.shard_cache_gb: must be above 0"),
         ("train", "data.max_bad_fraction=2", "data.max_bad_fraction: is a fraction"),

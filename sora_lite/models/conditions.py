@@ -59,7 +59,7 @@ class Conditions:
         """Both along the batch; the shorter text is padded.
 
         Raises:
-            ValueError: one of them has a condition that the other lacks.
+            ValueError: one of them has a condition that the other lacks, or text cannot be padded for want of a mask.
         """
         return Conditions(**{name: torch.cat(pair) for name, pair in self._beside(other).items()})
 
@@ -84,6 +84,9 @@ class Conditions:
         mine, theirs = self._given(), other._given()
         if mine.keys() != theirs.keys():
             raise ValueError(f"conditions {sorted(mine)} cannot be joined with {sorted(theirs)}")
+        if "text" in mine and "text_mask" not in mine and mine["text"].ndim == 3:
+            if mine["text"].shape[1] != theirs["text"].shape[1]:
+                raise ValueError("text features of different lengths need a text_mask: padding would be attended to")
         if "text" in mine:  # 0 is padding in bytes, in features (masked) and, as False, in the mask
             tokens = max(mine["text"].shape[1], theirs["text"].shape[1])
             for name in ("text", "text_mask") if "text_mask" in mine else ("text",):

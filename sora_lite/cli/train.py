@@ -15,13 +15,13 @@ from sora_lite.config import BaseTrainConfig, BatchBy, TrainConfig, TrainVAEConf
 from sora_lite.data.index import Index
 from sora_lite.data.loader import ClipLoader
 from sora_lite.errors import Interrupted, UserError
-from sora_lite.generation.export import load_vae
+from sora_lite.generation.export import load_vae, read_contract
 from sora_lite.generation.export import write as write_export
 from sora_lite.generation.text import open_encoders, reads_text
 from sora_lite.parallel.env import Rank, init_rank, shutdown
 from sora_lite.training import store
 from sora_lite.training.engine import release_groups
-from sora_lite.training.init_from import RECORD, Row, start_from, table
+from sora_lite.training.init_from import RECORD, Row, by_name, differences, start_from, table
 from sora_lite.training.lease import hold
 from sora_lite.training.lora import describe as describe_adapted
 from sora_lite.training.objective import Objective
@@ -101,7 +101,9 @@ def train(config: TrainConfig | TrainVAEConfig, rank: Rank) -> None:
             if isinstance(objective, DiTObjective):  # a run holds all that its export needs
                 write_export(trainer.folder / "vae", vae_contract, vae.state_dict())
             if isinstance(objective, DiTObjective) and objective.adapted:
-                print(describe_adapted(objective.adapted, trainer.engine.shapes))
+                _, base = read_contract(Path(objective.adapted.init_from), "dit")
+                told = by_name(differences(base, objective.state()))
+                print("\n".join([describe_adapted(objective.adapted, trainer.engine.shapes), *told]))
             elif rows is not None:
                 (trainer.folder / RECORD).write_text(json.dumps([asdict(row) for row in rows], indent=2))
                 print("\n".join(table(rows)))
@@ -127,8 +129,8 @@ def start(config: TrainConfig | TrainVAEConfig, objective: DiTObjective | VAEObj
     checkpoints = Path(config.run.root) / config.run.name / "checkpoints"
     if rank.gather(len(store.complete(checkpoints)))[0]:
         return None
-    model = (objective.architecture, objective.process) if isinstance(objective, DiTObjective) else ()
-    return start_from(Path(config.init_from), objective.name, objective.module, *model)
+    state = objective.state() if isinstance(objective, DiTObjective) else None
+    return start_from(Path(config.init_from), objective.name, objective.module, state)
 
 
 def check_buckets(config: BaseTrainConfig, objective: Objective) -> None:

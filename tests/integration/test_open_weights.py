@@ -107,8 +107,8 @@ def test_training_goes_on_from_wan(tiny: Tiny, tmp_path: Path) -> None:
     words = ["train", "experiment=tiny", f"data.shards={tiny.shards}", f"vae_from={tiny.vae}", f"run.root={tmp_path}"]
     assert call(*words, *run, f"init_from={tmp_path / 'wan'}") == 0
     taken = json.loads((tmp_path / "tiny/init_from.json").read_text())
-    # Wan's times are shifted by 5; a run that trains on others is told.
-    assert {row["name"] for row in taken if row["fate"] != "taken"} == {"diffusion.shift"}
+    # Wan's times are shifted by 5, and its VAE is another; a run is told.
+    assert {row["name"] for row in taken if row["fate"] != "taken"} == {"diffusion.shift", "vae_from"}
     assert call("export", f"run={tmp_path / 'tiny'}", "layout=diffusers") == 0
     again = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "tiny/diffusers")
     moved = [

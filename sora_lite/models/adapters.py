@@ -305,7 +305,7 @@ def check_positions(table: Tensor) -> None:
     """Raise ValueError if a published table of positions (1 N D, a square of tokens) is not ours."""
     side = round(table.shape[1] ** 0.5)
     ours, _ = sincos((1, side, side), table.shape[2], torch.device("cpu"))
-    if table.shape[1] != side**2 or not torch.allclose(table[0].float(), ours, atol=1e-5):
+    if table.shape[1] != side**2 or not torch.allclose(table[0], ours.to(table.dtype), atol=1e-5):
         raise ValueError("pos_embed is not the fixed sines and cosines of the paper")
 
 

@@ -4,8 +4,9 @@ Resuming is another thing: a run that has a checkpoint goes on from it and does 
 """
 
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ from sora_lite.generation.export import Contract, read_weights
 RECORD = "init_from.json"
 """In the run folder: the table of what became of each weight."""
 
-_STARTS_AT_ZERO = ("embed_label.", "embed_frames.", "pool_text.weight", "pool_text.bias", "pool_text.2.")
+_ADDED = r"embed_label\.|embed_frames\.|pool_text\.(2\.)?(weight|bias)$"
 """Parts that add to others: of each the last layer, since behind two layers of zeros nothing would ever be learned.
 Where they are new they start at zero, so that the model goes on as it was."""
+_ADDED_BY_BLOCKS = r"|blocks\.\d+\.(video\.|text\.)?(attention\.out|mlp\.2)\."
+"""The same of blocks whose gates are open from the start, since their modulation is that of all blocks. Blocks with a
+modulation of their own start with closed gates."""
 
 _MEANING = {
     "model": ("heads", "positions", "rope_theta", "attention", "gelu", "time_frequencies", "text_tokens", "pad_text"),
@@ -40,56 +44,66 @@ class Row:
     why: str = ""
 
 
-def start_from(
-    folder: Path,
-    kind: str,
-    module: nn.Module,
-    architecture: Mapping[str, Any] | None = None,
-    process: Process | None = None,
-) -> list[Row]:
+def start_from(folder: Path, kind: str, module: nn.Module, state: Mapping[str, Any] | None = None) -> list[Row]:
     """Write the weights of an export (or of a run folder that holds one) into a module; a row for each weight.
 
     Args:
         folder: an export in safetensors.
         kind: `vae` or `dit`.
         module: gets the weights.
-        architecture, process: of a DiT, its arguments and the diffusion process that it is trained on.
+        state: of a DiT, what its checkpoints say of it (`DiTObjective.state`).
 
     Raises:
         UserError: there is no such export, it is damaged, or nothing of it fits.
     """
     weights, contract = read_weights(folder, kind)
+    at_zero = _ADDED + (_ADDED_BY_BLOCKS if "modulation.linear.weight" in weights else "")
     old = new = None
-    if architecture is not None:
-        old, new = tuple(contract.architecture["patch"]), tuple(architecture["patch"])
-    rows, state = [], module.state_dict()
+    if state is not None:
+        old, new = tuple(contract.architecture["patch"]), tuple(state["model"]["patch"])
+    rows, tensors = [], module.state_dict()
     with torch.no_grad():
-        for name, ours in state.items():
+        for name, ours in tensors.items():
             rows.append(_take(name, ours, weights.pop(name, None), old, new))
+            if rows[-1].fate == "new" and re.match(at_zero, name):
+                ours.zero_()
+                rows[-1] = replace(rows[-1], why=f"{rows[-1].why}; starts at zero")
     # Vectors alone fit by chance, such as the bias of the last layer.
-    if not any(row.fate == "taken" and state[row.name].ndim > 1 for row in rows):
+    if not any(row.fate == "taken" and tensors[row.name].ndim > 1 for row in rows):
         raise UserError(f"init_from: nothing in {folder} fits this model; give one of the same width")
     rows += [Row(name=name, fate="left out", why="this model has no such weight") for name in weights]
-    return rows if architecture is None or process is None else rows + _differences(contract, architecture, process)
+    return rows if state is None else rows + differences(contract, state)
 
 
-def _differences(contract: Contract, architecture: Mapping[str, Any], process: Process) -> list[Row]:
-    """A row for each setting of a DiT that changes what weights mean and is another one than the export's."""
+def differences(contract: Contract, state: Mapping[str, Any]) -> list[Row]:
+    """A row for each thing that changes what a DiT's weights mean, or what they see, and is another than the export's.
+
+    state: of `DiTObjective.state`.
+    """
     theirs = {"model": contract.architecture, "diffusion": asdict(Process(**contract.diffusion))}
-    ours = {"model": architecture, "diffusion": asdict(process)}
+    pairs = {
+        f"{group}.{key}": (theirs[group][key], state[group][key]) for group, keys in _MEANING.items() for key in keys
+    }
+    pairs["vae_from"] = contract.vae_fingerprint, state["vae_fingerprint"]
+    for key, encoder in contract.text_encoders.items():
+        if key in state["text_encoders"]:
+            pairs[key] = encoder["fingerprint"], state["text_encoders"][key]["fingerprint"]
     return [
-        Row(name=f"{group}.{key}", fate="differs", why=f"{theirs[group][key]} in the export, {ours[group][key]} here")
-        for group, keys in _MEANING.items()
-        for key in keys
-        if theirs[group][key] != ours[group][key]
+        Row(name=name, fate="differs", why=f"{str(there)[:16]} of the export, {str(here)[:16]} here")
+        for name, (there, here) in pairs.items()
+        if there != here
     ]
 
 
 def table(rows: list[Row]) -> list[str]:
     """Lines for people: what was taken in one, all else by name."""
     taken, settings = (sum(row.fate == fate for row in rows) for fate in ("taken", "differs"))
-    others = [f"  {row.fate:<9}{row.name}: {row.why}" for row in rows if row.fate != "taken"]
-    return [f"init_from: {taken} of {len(rows) - settings} weights taken as they are", *others]
+    return [f"init_from: {taken} of {len(rows) - settings} weights taken as they are", *by_name(rows)]
+
+
+def by_name(rows: list[Row]) -> list[str]:
+    """A line for all that is not taken as it is."""
+    return [f"  {row.fate:<9}{row.name}: {row.why}" for row in rows if row.fate != "taken"]
 
 
 def _take(
@@ -104,9 +118,6 @@ def _take(
             ours.copy_(resized)
             return Row(name=name, fate="resized", why=f"patch {list(old)} to {list(new)}")
     why = "the export has none" if theirs is None else f"shape {list(ours.shape)}, not {list(theirs.shape)}"
-    if name.startswith(_STARTS_AT_ZERO):
-        ours.zero_()
-        return Row(name=name, fate="new", why=f"{why}; starts at zero")
     return Row(name=name, fate="new", why=why)
 
 

@@ -1,13 +1,13 @@
 """`sora-data` as a user calls it: real files in, shards out, whatever happens on the way."""
 
-import io
 import json
 import shutil
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import av
-import numpy as np
+import grey
 import pytest
 import webdataset
 from data_runs import files_of, noise, samples_of, sora_data
@@ -16,35 +16,15 @@ from PIL import Image
 
 from sora_lite.data.video import encode_mp4, write_mp4
 
-GREY = 4
-"""Levels of grey between one frame and the next of a stamped video."""
-
-
-def stamped(frames: int, height: int = 32, width: int = 48) -> np.ndarray:
-    levels = (np.arange(frames) * GREY % 256).astype(np.uint8)[:, None, None, None]
-    return np.ascontiguousarray(np.broadcast_to(levels, (frames, height, width, 3)))
-
-
-def numbers(clip: np.ndarray) -> list[int]:
-    return [round(float(frame.mean()) / GREY) for frame in clip]
-
-
-def header_last(frames: np.ndarray) -> bytes:
-    out = io.BytesIO()
-    with av.open(out, "w", format="mp4") as muxer:
-        stream = muxer.add_stream("libx264", rate=8)
-        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
-        for rgb in frames:
-            muxer.mux(stream.encode(av.VideoFrame.from_ndarray(rgb, format="rgb24")))
-        muxer.mux(stream.encode())
-    return out.getvalue()
+STEP = 4
+stamped, numbers = partial(grey.stamped, height=32, width=48, step=STEP), partial(grey.numbers, step=STEP)
 
 
 BAD = {
     "empty.mp4": (lambda: b"", "empty"),
     "text.mp4": (lambda: b"dear reader,\nthis is a letter\n" * 30, "not a video"),
     "audio.mp4": (audio_only, "no video stream"),
-    "no_header.mp4": (lambda: header_last(noise(1))[:-1500], "header"),
+    "no_header.mp4": (lambda: grey.muxed(noise(1))[:-1500], "header"),
     "cut.mp4": (lambda: encode_mp4(noise(2), 8, 18)[:20_000], "cut off"),
     "playlist.mp4": (
         lambda: b"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n/etc/passwd\n#EXT-X-ENDLIST\n",
@@ -67,7 +47,7 @@ def videos(tmp_path: Path) -> Path:
     write_mp4(folder / "sub folder" / "long é.mp4", stamped(50), Fraction(30000, 1001))
     write_mp4(folder / "tiny.mp4", stamped(5), 8)
     shutil.copy(folder / "short.mp4", folder / "twin.mp4")
-    Image.fromarray(stamped(11, 40, 51)[10]).save(folder / "still.png")
+    Image.fromarray(stamped(11, height=40, width=51)[10]).save(folder / "still.png")
     for name, (make, _) in BAD.items():
         (folder / name).write_bytes(make())
     (folder / "notes.txt").write_text("not looked at")
@@ -138,7 +118,7 @@ def test_long_videos_are_read_in_stretches_and_stay_exact(container: str, codec:
         parameters = {f"{codec[3:]}-params": "keyint=30:open-gop=1" + ":log-level=none" * (codec == "libx265")}
         stream = muxer.add_stream(codec, rate=25, options={"crf": "8", **parameters})
         stream.height, stream.width, stream.pix_fmt = 64, 64, "yuv420p"
-        for rgb in stamped(203, 64, 64):
+        for rgb in stamped(203, height=64, width=64):
             muxer.mux(stream.encode(av.VideoFrame.from_ndarray(rgb, format="rgb24")))
         muxer.mux(stream.encode())
     options = "split.clip_frames=5", "split.min_frames=4", "validation_fraction=0", "workers=0", *FAST, *PLAIN
@@ -147,7 +127,7 @@ def test_long_videos_are_read_in_stretches_and_stay_exact(container: str, codec:
     assert (report["counts"]["clips_packed"], report["counts"]["frames_dropped"]) == (40, 3)
     samples = samples_of(tmp_path / "s", "train").values()
     shown = [numbers(clip) for clip, meta in sorted(samples, key=lambda sample: sample[1]["start_pts"])]
-    assert [n for clip in shown for n in clip] == [n % (256 // GREY) for n in range(200)]
+    assert [n for clip in shown for n in clip] == [n % (256 // STEP) for n in range(200)]
 
 
 def test_a_second_run_does_nothing_and_other_settings_are_refused(

@@ -9,7 +9,6 @@ import pytest
 import torch
 from tiny_inputs import Tiny, call
 
-from sora_lite.diffusion.process import Process
 from sora_lite.errors import UserError
 from sora_lite.generation import export
 from sora_lite.generation.export import load_transformer, read_contract
@@ -60,10 +59,12 @@ def old(source: Path) -> VideoDiT:
 
 
 def like(source: Path, **changes: Any) -> tuple[VideoDiT, dict[str, Any]]:
-    """A new model like that of an export but for some arguments, and all its arguments."""
-    architecture = read_contract(source, "dit")[1].architecture | changes
+    """A new model like that of an export but for some arguments, and what a run would say of it."""
+    contract = read_contract(source, "dit")[1]
+    architecture = contract.architecture | changes
     torch.manual_seed(1)
-    return VideoDiT(**architecture).eval(), architecture
+    about = {"diffusion": contract.diffusion, "vae_fingerprint": contract.vae_fingerprint, "text_encoders": {}}
+    return VideoDiT(**architecture).eval(), {"model": architecture} | about
 
 
 def fates(rows: list[Row], fate: str) -> set[str]:
@@ -75,8 +76,8 @@ ASKED = Conditions(labels=torch.tensor([1, 2]), text=torch.ones(2, 3, dtype=torc
 
 
 def test_new_conditions_change_nothing_at_first(source: Path, old: VideoDiT) -> None:
-    more, architecture = like(source, frame_conditions=True)
-    rows = start_from(source, "dit", more, architecture)
+    more, state = like(source, frame_conditions=True)
+    rows = start_from(source, "dit", more, state)
     assert fates(rows, "new") == {"embed_frames.weight"}
     assert fates(rows, "taken") == {row.name for row in rows} - {"embed_frames.weight"}
     assert torch.equal(old(LATENT, TIME, ASKED), more(LATENT, TIME, ASKED))
@@ -84,19 +85,35 @@ def test_new_conditions_change_nothing_at_first(source: Path, old: VideoDiT) -> 
 
 def test_new_pooled_text_changes_nothing_at_first_and_is_learned(source: Path) -> None:
     """In a model of labels, so that nothing else reads text."""
-    labels, architecture = like(source, text=None)
-    start_from(source, "dit", labels, architecture)
-    more, architecture = like(source, text=None, pooled_features=12)
-    start_from(source, "dit", more, architecture)
+    labels, state = like(source, text=None)
+    start_from(source, "dit", labels, state)
+    more, state = like(source, text=None, pooled_features=12)
+    start_from(source, "dit", more, state)
     asked = Conditions(labels=ASKED.labels, pooled=torch.randn(2, 12))
     assert torch.equal(labels(LATENT, TIME, Conditions(labels=ASKED.labels)), more(LATENT, TIME, asked))
     more(LATENT, TIME, asked).square().sum().backward()
     assert more.pool_text is not None and more.pool_text[2].weight.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("modulation", ["per_block", "shared"])
+def test_new_blocks_change_nothing_at_first_and_are_learned(source: Path, tmp_path: Path, modulation: str) -> None:
+    short, state = like(source, modulation=modulation)
+    for parameter in short.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    contract = replace(read_contract(source, "dit")[1], architecture=state["model"])
+    export.write(tmp_path, contract, short.state_dict())
+    deep, state = like(source, modulation=modulation, depth=3)
+    new = fates(start_from(tmp_path, "dit", deep, state), "new")
+    assert new and all(name.startswith("blocks.2.") for name in new)
+    out = deep(LATENT, TIME, ASKED)
+    assert torch.equal(out, short(LATENT, TIME, ASKED))
+    out.square().sum().backward()
+    assert any(parameter.grad.abs().max() > 0 for parameter in deep.blocks[2].parameters())
+
+
 def test_patches_are_resized(source: Path, old: VideoDiT) -> None:
-    wide, architecture = like(source, patch=[1, 4, 4])
-    assert fates(start_from(source, "dit", wide, architecture), "resized") == {
+    wide, state = like(source, patch=[1, 4, 4])
+    assert fates(start_from(source, "dit", wide, state), "resized") == {
         "embed.weight", "final.out.weight", "final.out.bias",
     }  # fmt: skip
     # a picture twice as large in patches twice as large gives the same tokens
@@ -109,8 +126,8 @@ def test_patches_are_resized(source: Path, old: VideoDiT) -> None:
 
 def test_patches_are_resized_in_time(source: Path, old: VideoDiT) -> None:
     """A clip at half speed in patches of two frames gives the same tokens, and predicts each frame twice."""
-    longer, architecture = like(source, patch=[2, 2, 2])
-    assert len(fates(start_from(source, "dit", longer, architecture), "resized")) == 3
+    longer, state = like(source, patch=[2, 2, 2])
+    assert len(fates(start_from(source, "dit", longer, state), "resized")) == 3
     slow = LATENT.repeat_interleave(2, dim=2)
     torch.testing.assert_close(longer.embed(patchify(slow, (2, 2, 2))), old.embed(patchify(LATENT, (1, 2, 2))))
     expected = old(LATENT, TIME, ASKED).repeat_interleave(2, dim=2)
@@ -118,12 +135,12 @@ def test_patches_are_resized_in_time(source: Path, old: VideoDiT) -> None:
 
 
 def test_patches_of_as_many_cells_are_resized_too_and_given_frames_with_them(source: Path, tmp_path: Path) -> None:
-    given, architecture = like(source, frame_conditions=True)
+    given, state = like(source, frame_conditions=True)
     torch.nn.init.normal_(given.embed_frames.weight)
     _, contract = read_contract(source, "dit")
-    export.write(tmp_path, replace(contract, architecture=architecture), given.state_dict())
-    tall, architecture = like(source, frame_conditions=True, patch=[1, 4, 1])
-    rows = start_from(tmp_path, "dit", tall, architecture)
+    export.write(tmp_path, replace(contract, architecture=state["model"]), given.state_dict())
+    tall, state = like(source, frame_conditions=True, patch=[1, 4, 1])
+    rows = start_from(tmp_path, "dit", tall, state)
     assert fates(rows, "resized") == {"embed.weight", "embed_frames.weight", "final.out.weight", "final.out.bias"}
     even = torch.ones(1, 5, 1, 4, 4)  # whatever its patch, a flat picture is the same sum
     torch.testing.assert_close(
@@ -132,16 +149,17 @@ def test_patches_of_as_many_cells_are_resized_too_and_given_frames_with_them(sou
 
 
 def test_settings_that_no_shape_shows_are_named(source: Path) -> None:
-    other, architecture = like(source, heads=4, gelu="tanh")
-    rows = start_from(source, "dit", other, architecture, Process(shift=3.0))
-    assert fates(rows, "differs") == {"model.heads", "model.gelu", "diffusion.shift"}
+    other, state = like(source, heads=4, gelu="tanh")
+    other_vae = state | {"vae_fingerprint": "other", "diffusion": state["diffusion"] | {"shift": 3.0}}
+    rows = start_from(source, "dit", other, other_vae)
+    assert fates(rows, "differs") == {"model.heads", "model.gelu", "diffusion.shift", "vae_from"}
     said = table(rows)
-    assert any("model.gelu: erf in the export, tanh here" in line for line in said)
-    assert f"of {len(rows) - 3} weights" in said[0]
+    assert any("model.gelu: erf of the export, tanh here" in line for line in said)
+    assert f"of {len(rows) - 4} weights" in said[0]
 
 
 def test_weights_of_another_width_are_refused(source: Path) -> None:
     """Even where vectors such as the bias of the last layer happen to fit."""
-    other, architecture = like(source, width=60, text=None)
+    other, state = like(source, width=60, text=None)
     with pytest.raises(UserError, match="fits this model"):
-        start_from(source, "dit", other, architecture)
+        start_from(source, "dit", other, state)

@@ -88,6 +88,9 @@ def test_wan_in_and_out(tmp_path: Path, form: str) -> None:
         assert torch.equal(again.state_dict()[name], tensor), name
     assert call("import", f"weights_from={tmp_path / 'back'}", f"out={tmp_path / 'twice'}") == 0
     assert (tmp_path / "twice/model.safetensors").read_bytes() == (tmp_path / "ours/model.safetensors").read_bytes()
+    # an index of pieces would go on leading to them
+    over = call("export", f"run={tmp_path / 'ours'}", "layout=diffusers", f"out={inner}")
+    assert over == (2 if form == "shards" else 0)
 
 
 def test_training_goes_on_from_wan(tiny: Tiny, tmp_path: Path) -> None:
@@ -104,7 +107,8 @@ def test_training_goes_on_from_wan(tiny: Tiny, tmp_path: Path) -> None:
     words = ["train", "experiment=tiny", f"data.shards={tiny.shards}", f"vae_from={tiny.vae}", f"run.root={tmp_path}"]
     assert call(*words, *run, f"init_from={tmp_path / 'wan'}") == 0
     taken = json.loads((tmp_path / "tiny/init_from.json").read_text())
-    assert taken and {row["fate"] for row in taken} == {"taken"}
+    # Wan's times are shifted by 5, and its VAE is another; a run is told.
+    assert {row["name"] for row in taken if row["fate"] != "taken"} == {"diffusion.shift", "vae_from"}
     assert call("export", f"run={tmp_path / 'tiny'}", "layout=diffusers") == 0
     again = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "tiny/diffusers")
     moved = [
@@ -170,6 +174,9 @@ def test_a_file_of_the_paper(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     torch.save({"model": raw, "ema": published, "opt": {"step": 3}, "args": Namespace(lr=1e-4)}, tmp_path / "run.pt")
     assert call("import", f"weights_from={tmp_path / 'run.pt'}", f"out={tmp_path / 'averaged'}") == 0
     assert (tmp_path / "averaged/model.safetensors").read_bytes() == (tmp_path / "ours/model.safetensors").read_bytes()
+
+    torch.save({name: tensor.bfloat16() for name, tensor in published.items()}, tmp_path / "half.pt")
+    assert call("import", f"weights_from={tmp_path / 'half.pt'}", f"out={tmp_path / 'half'}") == 0
 
     capsys.readouterr()
     kernel = "x_embedder.proj.weight"

@@ -85,10 +85,6 @@ class VideoFacts:
     def frames(self) -> int:
         return len(self.pts)
 
-    @property
-    def duration_seconds(self) -> float:
-        return float((int(self.pts[-1]) - int(self.pts[0])) * self.time_base + 1 / self.average_rate)
-
 
 def shown_size(facts: VideoFacts) -> tuple[int, int]:
     """Height and width in square pixels at which a video is shown: the width changes where pixels are not square."""

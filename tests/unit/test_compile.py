@@ -59,6 +59,7 @@ def test_compiled_blocks_change_nothing_but_speed(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_few_graphs_serve_every_size() -> None:
     """One for the first size, one for all others, one for single samples; and the like without gradients."""
     torch.compiler.reset()
@@ -83,6 +84,7 @@ def test_a_few_graphs_serve_every_size() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", [kind for kind in MODELS if kind not in ("ours", "frames")])  # whose blocks are ours
 # Sizes are variables at once, not from the second one on: half of the time.
 @torch._dynamo.config.patch(assume_static_by_default=False)

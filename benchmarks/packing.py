@@ -20,8 +20,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from sora_lite.data import video
-from sora_lite.data.video import cut_clips, probe
+from sora_lite.data.video import cut_clips, cutting, encoding, probe, reader
 
 HEIGHT, WIDTH, FPS, FRAMES, GROUP = 720, 1280, 24, 576, 250
 CLIP, CRF, ROUNDS = 96, 18, 2
@@ -133,7 +132,7 @@ class Packets(Part):
 
 def inside_ffmpeg(path: Path, pts: np.ndarray, size: tuple[int, int], preset: str) -> tuple[dict[str, float], float]:
     """CPU seconds by kind of call into FFmpeg, and in all, for the same clips as `cut`."""
-    clock, opened, built, started = Clock(), video._open, video._ToClip._build, video._Mp4.__init__
+    clock, opened, built, started = Clock(), reader.open_stream, cutting._ToClip._build, encoding.Mp4.__init__
 
     def open_(*values: Any, **named: Any) -> tuple[Packets, Part]:
         demuxer, stream = clock.timed("read", opened)(*values, **named)
@@ -151,9 +150,9 @@ def inside_ffmpeg(path: Path, pts: np.ndarray, size: tuple[int, int], preset: st
         mp4.muxer = Part(mp4.muxer, clock, mux="encode", close="encode")
 
     with (
-        patch.object(video, "_open", open_),
-        patch.object(video._ToClip, "_build", build),
-        patch.object(video._Mp4, "__init__", start),
+        patch.object(reader, "open_stream", open_),
+        patch.object(cutting._ToClip, "_build", build),
+        patch.object(encoding.Mp4, "__init__", start),
     ):
         seconds = spent(lambda: cut(path, pts, size, preset))
     return clock.seconds, seconds

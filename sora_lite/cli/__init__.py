@@ -40,6 +40,9 @@ def run_verb(action: Callable[[], object]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        print(f"error: {error.filename}: {error.strerror}; name another path, or clear this one", file=sys.stderr)
+        return 2
     except Interrupted as stop:
         print(f"{stop}; the same command goes on from there", file=sys.stderr)
         return os.EX_TEMPFAIL

@@ -12,7 +12,7 @@ from typing import Any, get_args, get_type_hints
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
@@ -85,6 +85,12 @@ def to_yaml(root: str, overrides: list[str]) -> str:
 
 def _explain(error: Exception, root: str) -> str:
     """One line for an exception of Hydra or OmegaConf."""
+    if isinstance(error, OverrideParseException):
+        key, _, value = error.override.partition("=")
+        return (
+            f"{key}: {value!r} cannot be read; close every bracket and quote, and put a text with characters such as "
+            f"~ ? = : or accents in quotes of its own: '{key}=\"...\"'"
+        )
     chain: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in chain:

@@ -65,8 +65,10 @@ def main(config: EvaluateConfig) -> None:
     """Evaluate, print the figures and write them as JSON."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    figures = evaluate(config)
     out = Path(config.out)
+    if out.is_dir():
+        raise UserError(f"out: {out} is a folder; name a file such as {out / 'evaluation.json'}")
+    figures = evaluate(config)
     out.parent.mkdir(parents=True, exist_ok=True)
     replace_file(out, json.dumps(figures, indent=2).encode() + b"\n")
     for name, value in figures.items():

@@ -19,6 +19,8 @@ def main(config: ExportConfig) -> None:
     run, out = Path(config.run), Path(config.out) if config.out else None
     if config.layout is Layout.diffusers:
         ready = (run / "export.json").is_file()  # an import, or another export
+        if ready and (config.weights != "ema" or config.init_from is not None):
+            raise UserError(f"weights, init_from: {run} is an export, whose weights are as they are; leave them out")
         source = run if ready else export(run, None, config.weights, config.init_from)
         out = out or run / "diffusers"
         write_folder(source, out)
@@ -69,6 +71,8 @@ def export(run: Path, out: Path | None, weights: str, init_from: str | None = No
             "diffusion": objective["diffusion"],
             "text_encoders": objective["text_encoders"],
         }
+        if objective["lora"] is None and init_from is not None:
+            raise UserError(f"init_from: {run} trained no adapters, so it needs no other weights; leave it out")
         if objective["lora"] is not None:
             contract["base"] = objective["lora"]["sha256"]
             tensors = merge(out / exports.ADAPTER, objective["lora"], tensors, init_from)

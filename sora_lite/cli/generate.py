@@ -72,10 +72,8 @@ def scaling(choice: PositionScaling, trained: Grid, dit: VideoDiT) -> Scaling | 
 
 def check(config: GenerateConfig) -> None:
     """Raise UserError for what would otherwise show only after the clips are made."""
-    if config.count < 1:
-        raise UserError(f"count: must be at least 1, not {config.count}")
-    if config.fps is not None and config.fps <= 0:
-        raise UserError(f"fps: must be above 0, not {config.fps:g}")
+    if Path(config.out).is_file():
+        raise UserError(f"out: {config.out} is a file; name a folder")
     if config.shards:
         Manifest.load(locate(config.shards, "shards"))
     if config.run and not (Path(config.run) / RECORD).is_file():
@@ -103,8 +101,6 @@ def clip_size(config: GenerateConfig, contract: Contract) -> tuple[int, int, int
     """(T, H, W): as asked for, else as in training."""
     frames, height, width = contract.clip
     if config.resolution is not None:
-        if len(config.resolution) != 2:
-            raise UserError(f"resolution: must be [height, width], not {config.resolution}")
         height, width = config.resolution
     return config.frames or frames, height, width
 

@@ -3,7 +3,10 @@
 The one place that opens a `.pt` file: of the paper's code, and only its tensors.
 """
 
+import argparse
+import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,12 +23,7 @@ def main(config: ImportConfig) -> None:
     """Import and say what it is and where it lies."""
     source = Path(config.weights_from)
     contract, weights = read_folder(source) if source.is_dir() else read_paper(source, config.heads)
-    with torch.device("meta"):
-        model = VideoDiT(**contract.architecture)
-    try:
-        model.load_state_dict(weights, assign=True)
-    except RuntimeError as error:
-        raise UserError(f"{source}: the weights do not fit their description ({error})") from error
+    check_shapes(source, contract, weights)
     out = Path(config.out)
     exports.write(out, contract, weights)
     size = sum(tensor.numel() for tensor in weights.values())
@@ -33,21 +31,30 @@ def main(config: ImportConfig) -> None:
     print("its VAE is none of this project, so it cannot make clips by itself")
 
 
+def check_shapes(source: Path, contract: exports.Contract, weights: dict[str, Tensor]) -> None:
+    """Raise UserError where a weight is not of the size that the model's description says."""
+    with torch.device("meta"):
+        expected = VideoDiT(**contract.architecture).state_dict()
+    for name, tensor in weights.items():
+        shape = expected[name].shape
+        if tensor.shape != shape:
+            raise UserError(
+                f"{source}: weights and description are not of one model: {name} (our name) is {list(tensor.shape)}, "
+                f"and should be {list(shape)}; take both from the same place"
+            )
+
+
 def read_paper(path: Path, heads: int | None) -> tuple[exports.Contract, dict[str, Tensor]]:
-    """The contract and the weights, under our names, of a `.pt` file of the paper's code.
+    """The contract and the weights, under our names, of a `.pt` file of the paper's code: published, or a checkpoint of
+    its training, of which the averaged weights are taken.
 
     Raises:
         UserError: the file is none of these, or the heads of a size that the paper does not have are not given.
     """
-    if not path.is_file():
-        raise UserError(f"weights_from: {path} does not exist; name a .pt file of the paper or a folder of diffusers")
-    try:
-        theirs = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files raise of every kind; the reader of untrusted files reports them all
-        why = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: holds more or other than tensors, or is damaged ({why})") from error
+    theirs = _read_pt(path)
+    theirs = theirs.get("ema", theirs)
     if not isinstance(theirs, dict) or not all(isinstance(one, Tensor) for one in theirs.values()):
-        raise UserError(f"{path}: is no table of tensors; of a training checkpoint save its `ema` alone")
+        raise UserError(f"{path}: is no table of tensors; save the model's state_dict() alone with torch.save")
     try:
         architecture = paper_architecture(theirs, heads)
         table = theirs.pop("pos_embed", None)
@@ -56,7 +63,26 @@ def read_paper(path: Path, heads: int | None) -> tuple[exports.Contract, dict[st
         check_positions(table)
         weights = to_ours(paper_entries(architecture), theirs)
     except ValueError as error:
-        cure = "; set heads" if "heads" in str(error) else ""
-        raise UserError(f"{path}: {error}{cure}") from error
+        cure = "set heads" if "heads" in str(error) else "name a .pt file of the paper, or a folder of diffusers"
+        raise UserError(f"{path}: {error}; {cure}") from error
     side = round(table.shape[1] ** 0.5) * architecture["patch"][1] * 8  # pixels; the paper's VAE has cells of 8
     return imported(path, "paper", architecture, [1, side, side]), weights
+
+
+def _read_pt(path: Path) -> dict[str, Any]:
+    """The table of a `.pt` file, read without running anything of it."""
+    if not path.is_file():
+        raise UserError(f"weights_from: {path} does not exist; name a .pt file of the paper or a folder of diffusers")
+    try:
+        # Checkpoints of the paper's training hold its arguments, too: a bag of plain values.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files raise of every kind; the reader of untrusted files reports them all
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"holds {code[1]}, and nothing but tensors is read" if code else "is damaged, or no .pt file"
+        raise UserError(f"{path}: {what}; save the model's state_dict() alone with torch.save") from error
+    if not isinstance(found, dict):
+        raise UserError(
+            f"{path}: holds a {type(found).__name__}, not a table of tensors; save the model's state_dict()"
+        )
+    return found

@@ -44,8 +44,6 @@ def latent_of(model: DiTConfig) -> list[int]:
 def inspect_model(config: InspectConfig) -> dict[str, int | float]:
     """parameters; tokens per clip; gflops: multiply-adds of one forward pass of one clip, in 1e9; memory in bytes."""
     channels, *cells = config.latent or latent_of(config.model)
-    if len(cells) != 3:
-        raise UserError(f"latent: must be [channels, frames, height, width], not {config.latent}")
     p, q, r = config.model.patch
     try:
         t, h, w = token_grid((cells[0], cells[1], cells[2]), (p, q, r))

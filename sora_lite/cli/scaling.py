@@ -73,6 +73,8 @@ def read_run(folder: Path) -> SweepRun:
         flops=np.array([line["flops"] for line in lines]),
         losses=np.array([line["val_loss"] for line in lines]),
     )
+    if not all((np.isfinite(numbers) & (numbers > 0)).all() for numbers in (curve.flops, curve.losses)):
+        raise UserError(f"{folder}: has a validation loss or FLOPs that have no logarithm; leave it out of runs=")
     values = OmegaConf.to_container(tree)
     assert isinstance(values, dict)
     return SweepRun(curve=curve, config={str(key): value for key, value in values.items()})
@@ -146,7 +148,7 @@ def table(scaling: Scaling) -> list[str]:
     ):
         law = values[key]
         lines.append(
-            f"{title}: loss = {law['irreducible_loss']:.4f} + {law['scale']:.4g} FLOPs^-{law['exponent']:.4f} "
+            f"{title}: loss = {law['irreducible_loss']:.4f} + {law['scale']:.4g} FLOPs^{-law['exponent']:.4f} "
             f"(exponent ± {law['exponent_standard_error']:.4f}; a run left out is predicted to "
             f"{law['left_out_error']:.2%}, root mean square)"
         )

@@ -1,5 +1,6 @@
 """`sora-lite train` and `sora-lite train-vae`."""
 
+import errno
 import json
 import os
 import sys
@@ -14,13 +15,13 @@ from sora_lite.config import BaseTrainConfig, BatchBy, TrainConfig, TrainVAEConf
 from sora_lite.data.index import Index
 from sora_lite.data.loader import ClipLoader
 from sora_lite.errors import Interrupted, UserError
-from sora_lite.generation.export import load_vae
+from sora_lite.generation.export import load_vae, read_contract
 from sora_lite.generation.export import write as write_export
 from sora_lite.generation.text import open_encoders, reads_text
 from sora_lite.parallel.env import Rank, init_rank, shutdown
 from sora_lite.training import store
 from sora_lite.training.engine import release_groups
-from sora_lite.training.init_from import RECORD, Row, start_from, table
+from sora_lite.training.init_from import RECORD, Row, by_name, differences, start_from, table
 from sora_lite.training.lease import hold
 from sora_lite.training.lora import describe as describe_adapted
 from sora_lite.training.objective import Objective
@@ -37,7 +38,7 @@ def main(config: TrainConfig | TrainVAEConfig) -> None:
         torch.use_deterministic_algorithms(True)
     rank = init_rank(threads=config.parallel.threads)
     try:
-        train(config, rank)
+        _train(config, rank)
     except Exception as error:
         if rank.world_size == 1:
             raise
@@ -46,6 +47,16 @@ def main(config: TrainConfig | TrainVAEConfig) -> None:
     finally:
         shutdown()
         release_groups()
+
+
+def _train(config: TrainConfig | TrainVAEConfig, rank: Rank) -> None:
+    """`train`, with what a disk refuses as people can mend it."""
+    try:
+        train(config, rank)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        raise store.explain(error, Path(config.run.root) / config.run.name) from error
 
 
 def _tell(error: Exception, rank: Rank) -> int:
@@ -88,7 +99,9 @@ def train(config: TrainConfig | TrainVAEConfig, rank: Rank) -> None:
             if isinstance(objective, DiTObjective):  # a run holds all that its export needs
                 write_export(trainer.folder / "vae", vae_contract, vae.state_dict())
             if isinstance(objective, DiTObjective) and objective.adapted:
-                print(describe_adapted(objective.adapted, trainer.engine.shapes))
+                _, base = read_contract(Path(objective.adapted.init_from), "dit")
+                told = by_name(differences(base, objective.state()))
+                print("\n".join([describe_adapted(objective.adapted, trainer.engine.shapes), *told]))
             elif rows is not None:
                 (trainer.folder / RECORD).write_text(json.dumps([asdict(row) for row in rows], indent=2))
                 print("\n".join(table(rows)))
@@ -112,8 +125,8 @@ def start(config: TrainConfig | TrainVAEConfig, objective: DiTObjective | VAEObj
     checkpoints = Path(config.run.root) / config.run.name / "checkpoints"
     if rank.gather(len(store.complete(checkpoints)))[0]:
         return None
-    patch = tuple(objective.config.patch) if isinstance(objective, DiTObjective) else None
-    return start_from(Path(config.init_from), objective.name, objective.module, patch)
+    state = objective.state() if isinstance(objective, DiTObjective) else None
+    return start_from(Path(config.init_from), objective.name, objective.module, state)
 
 
 def check_buckets(config: BaseTrainConfig, objective: Objective) -> None:

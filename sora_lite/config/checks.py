@@ -30,9 +30,18 @@ def check(config: object) -> None:
     """
     if isinstance(config, BaseTrainConfig):
         _check_run(config.run, config.guard)
+        peak = config.logging.peak_tflops
+        _require(peak is None or 0 < peak < math.inf, "logging.peak_tflops", f"must be above 0, or null, not {peak}")
         _check_optim(config.optim)
         _check_parallel(config.parallel)
         _check_data(config.data)
+        limit, patience = config.run.watchdog_seconds, config.data.worker_timeout
+        _require(
+            config.data.workers == 0 or patience < limit,
+            "data.worker_timeout",
+            f"{patience:g} is not below run.watchdog_seconds={limit:g}, which would end the run before a worker that "
+            "hangs is started anew; change one of them",
+        )
     if isinstance(config, TrainConfig | InspectConfig):
         _check_dit(config.model)
     if isinstance(config, TrainConfig):
@@ -42,10 +51,20 @@ def check(config: object) -> None:
         _check_text(config)
     if isinstance(config, DataPreviewConfig):
         _check_preview(config)
+    if isinstance(config, InspectConfig) and config.latent is not None:
+        wrong = len(config.latent) != 4 or min(config.latent) < 1
+        _require(not wrong, "latent", f"must be [channels, frames, height, width], not {config.latent}")
     if isinstance(config, GenerateConfig | EvaluateConfig):
         _check_sampling(config.sampling)
+        _at_least(1, config, "count", "threads")
+    if isinstance(config, GenerateConfig):
+        _check_generate(config)
     if isinstance(config, EvaluateConfig):
+        _at_least(1, config, "clips", "judge_steps")
         _require(FrameMode.random not in config.frames, "frames", "random is for training; take before or first_last")
+        _require(
+            bool(config.attributes or config.frames), "attributes", "is empty; name columns such as [digit], or frames"
+        )
     if isinstance(config, TrainVAEConfig):
         _require(not any(config.data.latent_folders), "data.latents", "a VAE is trained on video; leave them out")
         _require(not any(config.data.text_folders), "data.text", "a VAE reads no text; leave it out")
@@ -57,12 +76,21 @@ def _require(holds: bool, key: str, message: str) -> None:
         raise UserError(f"{key}: {message}")
 
 
+def _at_least(least: int, group: object, *keys: str, within: str = "") -> None:
+    for key in keys:
+        value = getattr(group, key)
+        _require(value is None or value >= least, f"{within}{key}", f"must be at least {least}, not {value}")
+
+
 def _check_run(run: RunConfig, guard: GuardConfig) -> None:
-    _require(bool(run.name) and "/" not in run.name, "run.name", f"{run.name!r} is no folder name; leave out slashes")
+    named = bool(run.name.strip(".")) and "/" not in run.name and run.name.isprintable()
+    _require(named, "run.name", f"{run.name!r} is no name of a folder; leave out slashes, and take more than dots")
+    _require(0 <= run.seed < 2**63, "run.seed", f"must be at least 0 and below 2^63, not {run.seed}")
     for key in ("steps", "log_every", "save_every", "keep_last"):
         _require(getattr(run, key) >= 1, f"run.{key}", "must be at least 1")
     _require(run.check_every >= 1, "run.check_every", f"must be at least 1, not {run.check_every}")
-    _require(run.watchdog_seconds > 0, "run.watchdog_seconds", f"must be above 0, not {run.watchdog_seconds}")
+    watched = 0 < run.watchdog_seconds <= 1e6
+    _require(watched, "run.watchdog_seconds", f"must be above 0, and at most 1e6, not {run.watchdog_seconds}")
     for key in ("validate_every", "validation_samples", "sample_every", "keep_every"):
         _require(getattr(run, key) >= 0, f"run.{key}", "must be at least 0")
     _require(guard.window >= 2, "guard.window", f"must be at least 2, not {guard.window}")
@@ -72,14 +100,22 @@ def _check_run(run: RunConfig, guard: GuardConfig) -> None:
 
 
 def _check_optim(optim: OptimConfig) -> None:
-    _require(optim.lr > 0, "optim.lr", f"must be above 0, not {optim.lr}")
-    _require(len(optim.betas) == 2, "optim.betas", f"needs two numbers, not {optim.betas}")
+    _require(0 < optim.lr < math.inf, "optim.lr", f"must be above 0, not {optim.lr}")
+    betas = len(optim.betas) == 2 and all(0 <= beta < 1 for beta in optim.betas)
+    _require(betas, "optim.betas", f"needs two numbers in [0, 1), not {optim.betas}")
+    _require(0 < optim.eps < math.inf, "optim.eps", f"must be above 0, not {optim.eps}")
+    for key in ("weight_decay", "clip"):
+        value = getattr(optim, key)
+        _require(0 <= value < math.inf, f"optim.{key}", f"must be at least 0, not {value}")
+    _require(0 <= optim.final_lr <= 1, "optim.final_lr", f"is a fraction in [0, 1] of optim.lr, not {optim.final_lr}")
     _require(optim.warmup_steps >= 0, "optim.warmup_steps", f"must be at least 0, not {optim.warmup_steps}")
     _require(0 <= optim.ema_decay < 1, "optim.ema_decay", f"must lie in [0, 1), not {optim.ema_decay}")
 
 
 def _check_parallel(parallel: ParallelConfig) -> None:
     _require(parallel.accumulation >= 1, "parallel.accumulation", f"must be at least 1, not {parallel.accumulation}")
+    threads = parallel.threads
+    _require(threads is None or threads >= 1, "parallel.threads", f"must be at least 1, or null, not {threads}")
     _require(parallel.zero_stage in (0, 1, 2, 3), "parallel.zero_stage", f"is 0, 1, 2 or 3, not {parallel.zero_stage}")
     _require(
         parallel.precision is Precision.fp32 or parallel.zero_stage > 0,
@@ -97,18 +133,21 @@ def _check_data(data: DataConfig) -> None:
     for key in ("batch_tokens", "divisor", "block_shards"):
         _require(getattr(data, key) >= 1, f"data.{key}", f"must be at least 1, not {getattr(data, key)}")
     _check_sets(data)
-    _require(data.fps is None or data.fps > 0, "data.fps", f"must be above 0, or null, not {data.fps}")
-    _require(data.workers >= 0, "data.workers", f"must be at least 0, not {data.workers}")
-    _require(data.io_retries >= 0, "data.io_retries", f"must be at least 0, not {data.io_retries}")
+    _require(data.fps is None or 0 < data.fps < math.inf, "data.fps", f"must be above 0, or null, not {data.fps}")
+    for key in ("workers", "io_retries", "cache_mb"):
+        _require(getattr(data, key) >= 0, f"data.{key}", f"must be at least 0, not {getattr(data, key)}")
     for key in ("shard_cache_gb", "io_timeout", "worker_timeout"):
-        _require(getattr(data, key) > 0, f"data.{key}", f"must be above 0, not {getattr(data, key)}")
+        value = getattr(data, key)
+        _require(0 < value <= 1e6, f"data.{key}", f"must be above 0, and at most 1e6, not {value}")
+    bad = data.max_bad_fraction
+    _require(0 <= bad <= 1, "data.max_bad_fraction", f"is a fraction in [0, 1], not {bad}")
     _require(len(data.buckets) > 0, "data.buckets", "is empty; give at least one row {resolution: [H, W], frames: T}")
     for i, rule in enumerate(data.buckets):
         key = f"data.buckets[{i}]"
         _require(len(rule.resolution) == 2, f"{key}.resolution", f"must be [height, width], not {rule.resolution}")
         _require(min(rule.resolution) >= 1, f"{key}.resolution", f"must be at least 1 pixel, not {rule.resolution}")
         _require(rule.frames >= 1, f"{key}.frames", f"must be at least 1, not {rule.frames}")
-        _require(rule.fps is None or rule.fps > 0, f"{key}.fps", f"must be above 0, or null, not {rule.fps}")
+        _require(rule.fps is None or 0 < rule.fps < math.inf, f"{key}.fps", f"must be above 0, or null, not {rule.fps}")
         _require(0 < rule.keep <= 1, f"{key}.keep", f"is a fraction in (0, 1], not {rule.keep}")
         if rule.batch is not None:
             _require(rule.batch >= 1, f"{key}.batch", f"must be at least 1, not {rule.batch}")
@@ -164,7 +203,19 @@ def _check_sets(data: DataConfig) -> None:
     )
 
 
+def _check_generate(config: GenerateConfig) -> None:
+    _at_least(1, config, "frames")
+    _require(config.fps is None or config.fps > 0, "fps", f"must be above 0, not {config.fps}")
+    size = config.resolution
+    _require(size is None or (len(size) == 2 and min(size) >= 1), "resolution", f"must be [height, width], not {size}")
+
+
 def _check_dit(model: DiTConfig) -> None:
+    _at_least(1, model, "width", "depth", "heads", "text_tokens", within="model.")
+    _at_least(0, model, "num_classes", "text_features", "pooled_features", within="model.")
+    for key in ("mlp_ratio", "rope_theta"):
+        value = getattr(model, key)
+        _require(0 < value < math.inf, f"model.{key}", f"must be above 0, not {value}")
     _require(model.width % model.heads == 0, "model.heads", f"{model.heads} does not divide model.width={model.width}")
     head = model.width // model.heads
     if model.positions is Positions.rope:
@@ -175,8 +226,11 @@ def _check_dit(model: DiTConfig) -> None:
         _require(model.width % 4 == 0, "model.width", f"{model.width} must be a multiple of 4 for sines and cosines")
     if model.text is not None:
         text = model.text
+        _at_least(1, text, "width", "heads", "max_bytes", within="model.text.")
+        _at_least(0, text, "depth", within="model.text.")
         _require(text.width % text.heads == 0, "model.text.heads", f"{text.heads} does not divide {text.width}")
-    _require(len(model.patch) == 3, "model.patch", f"must be [frames, height, width], not {model.patch}")
+    whole = len(model.patch) == 3 and min(model.patch) >= 1
+    _require(whole, "model.patch", f"must be [frames, height, width], not {model.patch}")
     features = model.text_features > 0 or model.pooled_features > 0
     _require(
         model.num_classes > 0 or model.text is not None or features,
@@ -188,7 +242,6 @@ def _check_dit(model: DiTConfig) -> None:
         "model.text_features",
         "and model.pooled_features are instead of the encoder over bytes; set model.text=null",
     )
-    _require(model.text_tokens >= 1, "model.text_tokens", f"must be at least 1, not {model.text_tokens}")
     _require(not model.pad_text or model.text_features > 0, "model.pad_text", "needs model.text_features")
     if model.text_attention is TextAttention.joint:
         reads = model.text is not None or model.text_features > 0
@@ -245,8 +298,8 @@ def _check_diffusion(diffusion: DiffusionConfig, learn_variance: bool) -> None:
 
 
 def _check_sampling(sampling: SamplingConfig) -> None:
-    for key in ("steps", "batch"):
-        _require(getattr(sampling, key) >= 1, f"sampling.{key}", f"must be at least 1, not {getattr(sampling, key)}")
+    _at_least(1, sampling, "steps", "batch", within="sampling.")
+    _require(math.isfinite(sampling.guidance), "sampling.guidance", f"must be a number, not {sampling.guidance}")
     _require(0 <= sampling.eta <= 1, "sampling.eta", f"must lie in [0, 1], not {sampling.eta}")
     _require(
         sampling.eta == 0 or sampling.sampler is Sampler.ddim,

@@ -80,7 +80,7 @@ class DataConfig:
     shard_cache_gb: float = 64.0
     """What `shard_cache` may hold, in GiB: at least block_shards shards of each bucket and data set, and twice that to
     fetch ahead. What is in use stays, even above it."""
-    io_timeout: float = 60.0
+    io_timeout: float = 20.0
     """Seconds of silence, or of less than 1 MiB, after which a remote read is tried again."""
     io_retries: int = 6
     """How often in a row a read is tried again, with growing pauses, before the run stops."""
@@ -103,8 +103,9 @@ class DataConfig:
     """Mirror half of the clips left to right. Off where direction or writing carries meaning."""
     workers: int = 2
     """Decoding processes per rank; 0 decodes in the training process."""
-    worker_timeout: float = 900.0
-    """Seconds that a batch is waited for before its decoding process counts as hanging and is started anew."""
+    worker_timeout: float = 240.0
+    """Seconds that a batch is waited for before its decoding process counts as hanging and is started anew: longer than
+    all tries of a remote read, and below `run.watchdog_seconds`."""
     decoder: Decoder = Decoder.pyav
     """Library that decodes the clips."""
     cache_mb: int = 0

@@ -79,8 +79,9 @@ class RunConfig:
     check_every: int = 500
     """Compare what all ranks hold a copy of (frozen weights; under ZeRO 0 the trained ones) every so many steps, and
     before each checkpoint; a rank that is off is named and the run stops."""
-    watchdog_seconds: float = 600.0
-    """Longest time without progress, after which the stacks of all ranks are written and the run ends."""
+    watchdog_seconds: float = 300.0
+    """Longest time without progress (a step begun, a forward pass, a checkpoint waited for), after which the stacks of
+    all ranks are written and the run ends. NCCL gives up after 600 s, and says less."""
     deterministic: bool = False
     """Bit for bit the same on GPUs too, at a cost in speed; on CPUs it is so anyway."""
 

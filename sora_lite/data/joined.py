@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from sora_lite.data.compiled import CHUNK, FORMAT, ColumnWriter, build, map_column, open_index
-from sora_lite.data.index import Index, OpenShards
+from sora_lite.data.index import Index, OpenShards, Origin
 from sora_lite.data.manifest import ENCODED
 from sora_lite.data.remote import Location, ReadCounts
 from sora_lite.data.shards import DamagedSample, Sample, captions_of, clip_digits
@@ -300,17 +300,7 @@ def open_join(
         content=content,
     )
     for (number, folder), origin in zip(given, encoded.origins, strict=True):
-        for name, value in expected.items():
-            if origin.encoding.get(name) != value:
-                raise UserError(
-                    f"{folder}: was made with {name} {_short(origin.encoding.get(name))}, not {_short(value)}; "
-                    "encode the clips anew with `sora-data encode`, or give what it was made with"
-                )
-        if origin.config_hash != index.origins[number].config_hash:
-            raise UserError(
-                f"{folder}: was made of other clips (settings {_short(origin.config_hash)}, those of data set {number} "
-                f"are {_short(index.origins[number].config_hash)}); encode these with `sora-data encode`"
-            )
+        _require_origin(folder, origin, index.origins[number].config_hash, number, expected)
     sets = [number for number, _ in given]
     if index.folder is None:
         return Joined(index=encoded, rows=np.concatenate([np.empty(0, np.int64), *_match(index, encoded, sets)]))
@@ -320,6 +310,21 @@ def open_join(
     if not folder.is_dir():
         build(folder, lambda partial: _write_rows(partial, index, encoded, sets))
     return Joined(index=encoded, rows=map_column(folder / "rows.npy"))
+
+
+def _require_origin(folder: Location, origin: Origin, clips: str, data_set: int, expected: Mapping[str, Any]) -> None:
+    """Raise UserError unless what is in a folder was made of the clips of these settings, with what is expected."""
+    for name, value in expected.items():
+        if origin.encoding.get(name) != value:
+            raise UserError(
+                f"{folder}: was made with {name} {_short(origin.encoding.get(name))}, not {_short(value)}; "
+                "encode the clips anew with `sora-data encode`, or give what it was made with"
+            )
+    if origin.config_hash != clips:
+        raise UserError(
+            f"{folder}: was made of other clips (settings {_short(origin.config_hash)}, those of data set {data_set} "
+            f"are {_short(clips)}); encode these with `sora-data encode`"
+        )
 
 
 def _write_rows(partial: Path, index: Index, encoded: Index, sets: Sequence[int]) -> None:

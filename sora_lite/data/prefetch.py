@@ -2,14 +2,15 @@
 
 import multiprocessing
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from multiprocessing.context import ForkProcess
 
 from sora_lite.data.remote import ReadCounts
 from sora_lite.data.shard_cache import RemoteShard, ShardCache
+from sora_lite.data.workers import begin, end
 from sora_lite.errors import UserError
 
 STREAMS = 4
@@ -32,7 +33,7 @@ class Prefetcher:
         self._cache, self._shards_of = cache, shards_of
         self._position = _FORK.RawValue("q", 0)
         self._counts = _FORK.RawArray("q", 2)
-        self._process: multiprocessing.context.ForkProcess | None = None
+        self._process: ForkProcess | None = None
 
     @contextmanager
     def running(self, start: int, stop: int) -> Iterator[None]:
@@ -44,8 +45,7 @@ class Prefetcher:
             yield
         finally:
             if self._process is not None:
-                self._process.kill()
-                self._process.join()
+                end(self._process)
                 self._process = None
 
     def go_on(self, step: int) -> bool:
@@ -55,8 +55,7 @@ class Prefetcher:
             return False
         died = self._process is not None and self._process.exitcode != 0
         if died or self._process is None:
-            self._process = _FORK.Process(target=self._walk, args=(os.getpid(),), daemon=True)
-            self._process.start()
+            self._process = begin(self._walk, os.getpid())
         return died
 
     def take(self) -> ReadCounts:
@@ -67,8 +66,6 @@ class Prefetcher:
         return ReadCounts(bytes_fetched=fetched, io_retries=retries)
 
     def _walk(self, parent: int) -> None:
-        for one in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-            signal.signal(one, signal.SIG_IGN)
         budget = self._cache.limit_bytes // 2
         held: dict[RemoteShard, int | None] = {}
         needed: dict[RemoteShard, int] = {}  # the last step seen to read it

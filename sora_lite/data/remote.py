@@ -121,7 +121,7 @@ class Sink(Protocol):
 def locate(text: str, key: str) -> Location:
     """The location that a user names under a key. Raises UserError for a URL that cannot be read here."""
     if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text):
-        return Path(text)
+        return Path(text).expanduser()
     protocol, _, rest = text.partition("://")
     if protocol.lower() in ("file", "local"):
         return Path("/" + rest.lstrip("/"))

@@ -5,6 +5,7 @@ happens to be, and waits for ever for one that hangs. Here every worker has a pi
 queue is shared with a process that may vanish, and what it owes is asked of its successor: the sequence is unchanged.
 """
 
+import atexit
 import contextlib
 import ctypes
 import multiprocessing
@@ -15,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from itertools import islice
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkProcess
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -106,9 +108,7 @@ class _Worker:
     def _start(self) -> None:
         here, there = _FORK.Pipe()
         self._pipe, self._receiver = here, Receiver(here)
-        # A daemon, so that it ends with this process where nobody closes the iterator.
-        self._process = _FORK.Process(target=_work, args=(self._crew.make, there, here, os.getpid()), daemon=True)
-        self._process.start()
+        self._process = begin(_work, self._crew.make, there, here, os.getpid())
         there.close()
         self._crew.processes[self._number] = self._process.pid or 0
         for item in self._owed:
@@ -150,10 +150,32 @@ class _Worker:
 
     def end(self) -> None:
         """Kill the process."""
-        self._process.kill()
-        self._process.join()
+        end(self._process)
         self._receiver.close()
         self._pipe.close()
+
+
+def begin(work: Callable[..., object], *args: Any) -> ForkProcess:
+    """Start `work(*args)` in a process that only `end`, or the exit of this one, ends: what a terminal or Slurm sends
+    to all processes of a job is for this one to act on."""
+
+    def without_signals() -> None:
+        for one in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(one, signal.SIG_IGN)
+        work(*args)
+
+    process = _FORK.Process(target=without_signals, daemon=True)
+    process.start()
+    # multiprocessing, whose turn at exit comes after this, sends SIGTERM to its daemons and waits for them for ever.
+    atexit.register(process.kill)
+    return process
+
+
+def end(process: ForkProcess) -> None:
+    """Kill what `begin` started."""
+    process.kill()
+    process.join()
+    atexit.unregister(process.kill)
 
 
 def _ending(code: int | None) -> str:
@@ -172,10 +194,6 @@ def _keep_memory() -> None:
 def _work(make: Callable[[Any, Allocate], Any], pipe: Connection, other_end: Connection, parent: int) -> None:
     """Answer what comes through the pipe until the parent is gone."""
     other_end.close()
-    # What a terminal or Slurm sends to all processes of a job is for the parent to act on. SIGTERM stays as it was at
-    # birth, since that is how a parent that exits ends its daemons.
-    for one in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(one, signal.SIG_IGN)
     torch.set_num_threads(1)
     _keep_memory()
     sender, asked = Sender(pipe), deque[Any]()

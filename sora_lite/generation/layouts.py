@@ -29,6 +29,7 @@ from sora_lite.models.adapters import (
 from sora_lite.models.lora import Adapters
 
 _CONFIG, _WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+_INDEX = f"{_WEIGHTS}.index.json"
 _LORA = "pytorch_lora_weights.safetensors"
 _CELL = 8
 """Pixels along a side of a latent cell, in the VAEs that all these models were trained with."""
@@ -51,10 +52,16 @@ def read_folder(folder: Path) -> tuple[Contract, dict[str, Tensor]]:
         )
     try:
         architecture = architecture_of(layout, config)
+        clip = _clip(layout, config)
+    except KeyError as error:
+        raise UserError(f"{folder / _CONFIG}: lacks {error}; take the file that diffusers has saved") from error
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise UserError(f"{folder / _CONFIG}: is of no model that can be imported ({error})") from error
+    try:
         weights = to_ours(ENTRIES[layout](architecture), _read_weights(folder))
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: {error}") from error
-    return imported(folder, layout, architecture, _clip(layout, config)), weights
+    except ValueError as error:
+        raise UserError(f"{folder}: {error}; take weights and {_CONFIG} from the same place") from error
+    return imported(folder, layout, architecture, clip), weights
 
 
 def imported(source: Path, layout: str, architecture: dict[str, Any], clip: list[int]) -> Contract:
@@ -71,8 +78,10 @@ def write_folder(export: Path, out: Path) -> None:
     """An export of a DiT as a folder that diffusers' `from_pretrained` reads.
 
     Raises:
-        UserError: diffusers has no class that could be this model.
+        UserError: diffusers has no class that could be this model, or the folder holds another one in several files.
     """
+    if (out / _INDEX).exists():
+        raise UserError(f"out: {out / _INDEX} would still lead to the weights that lie there; name another folder")
     export, _ = read_contract(export, "dit")
     dit, contract = load_transformer(export)
     frames, height, width = contract.clip
@@ -84,6 +93,8 @@ def write_folder(export: Path, out: Path) -> None:
             refused.append(f"{kind}: {error}")
             continue
         out.mkdir(parents=True, exist_ok=True)
+        for name in (_CONFIG, _LORA):  # the description comes last: a folder that has one is whole
+            (out / name).unlink(missing_ok=True)
         entries = ENTRIES[layout](contract.architecture)
         weights = to_theirs(entries, dit.state_dict())
         # Copies share their memory, which the format does not allow.
@@ -128,8 +139,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder's safetensors."""
     names = [_WEIGHTS]
-    if (folder / f"{_WEIGHTS}.index.json").is_file():
-        index = _read_json(folder / f"{_WEIGHTS}.index.json").get("weight_map")
+    if (folder / _INDEX).is_file():
+        index = _read_json(folder / _INDEX).get("weight_map")
         names = sorted({str(name) for name in index.values()}) if isinstance(index, dict) else []
     tensors: dict[str, Tensor] = {}
     for name in names:

@@ -290,9 +290,11 @@ def paper_architecture(theirs: Tensors, heads: int | None = None) -> dict[str, A
         hidden = len(theirs["blocks.0.mlp.fc1.bias"])
     except KeyError as error:
         raise ValueError(f"the weights lack {error}: they are not those of the paper's DiT") from error
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"the weights have other names or shapes than those of the paper's DiT ({error})") from error
     heads = heads or PAPER_HEADS.get(width)
-    if heads is None:
-        raise ValueError(f"the number of heads of a DiT of width {width} is not known; say it")
+    if heads is None or width % heads:
+        raise ValueError(f"the number of heads of a DiT of width {width} is not " + (f"{heads}" if heads else "known"))
     return _PAPER | {
         "channels": channels, "width": width, "depth": depth, "heads": heads, "mlp_ratio": hidden / width,
         "patch": [1, patch, patch], "num_classes": classes, "learn_variance": features == 2 * channels * patch**2,
@@ -303,7 +305,7 @@ def check_positions(table: Tensor) -> None:
     """Raise ValueError if a published table of positions (1 N D, a square of tokens) is not ours."""
     side = round(table.shape[1] ** 0.5)
     ours, _ = sincos((1, side, side), table.shape[2], torch.device("cpu"))
-    if table.shape[1] != side**2 or not torch.allclose(table[0].float(), ours, atol=1e-5):
+    if table.shape[1] != side**2 or not torch.allclose(table[0], ours.to(table.dtype), atol=1e-5):
         raise ValueError("pos_embed is not the fixed sines and cosines of the paper")
 
 

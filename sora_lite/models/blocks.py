@@ -90,11 +90,11 @@ class DiTBlock(nn.Module):
     ) -> Tensor:
         """x: B N D; text: B M D_text; mask: B 1 1 M, True where a text token is real."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition).unbind(1)  # each B D
-        h = self.attention(modulate(self.norm_attention(x), shift_a, scale_a), rope, frames=grid[0])  # B N D
+        h = self.attention(modulate(self.norm_attention, x, shift_a, scale_a), rope, frames=grid[0])  # B N D
         x = torch.addcmul(x, gate_a.unsqueeze(1), h)  # B N D
         if self.cross is not None:
             x = x + self.cross(self.norm_text(x), text, mask)  # B N D
-        h = self.mlp(modulate(self.norm_mlp(x), shift_m, scale_m))  # B N D
+        h = self.mlp(modulate(self.norm_mlp, x, shift_m, scale_m))  # B N D
         return torch.addcmul(x, gate_m.unsqueeze(1), h)  # B N D
 
 
@@ -115,13 +115,13 @@ class JointStream(nn.Module):
 
     def project(self, x: Tensor, parts: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each B n heads d."""
-        return self.attention.project(modulate(self.norm_attention(x), parts[0], parts[1]))
+        return self.attention.project(modulate(self.norm_attention, x, parts[0], parts[1]))
 
     def finish(self, x: Tensor, y: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
         """What the attention gave (B n heads d) and the MLP, added to x: B n D."""
         _, _, gate_a, shift_m, scale_m, gate_m = parts
         x = torch.addcmul(x, gate_a.unsqueeze(1), self.attention.out(y.flatten(2)))
-        return torch.addcmul(x, gate_m.unsqueeze(1), self.mlp(modulate(self.norm_mlp(x), shift_m, scale_m)))
+        return torch.addcmul(x, gate_m.unsqueeze(1), self.mlp(modulate(self.norm_mlp, x, shift_m, scale_m)))
 
 
 class JointBlock(nn.Module):
@@ -163,4 +163,4 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # B N D -> B N out_features
         shift, scale = self.modulation(condition).unbind(1)
-        return self.out(modulate(self.norm(x), shift, scale))
+        return self.out(modulate(self.norm, x, shift, scale))

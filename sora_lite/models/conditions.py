@@ -59,7 +59,7 @@ class Conditions:
         """Both along the batch; the shorter text is padded.
 
         Raises:
-            ValueError: one of them has a condition that the other lacks.
+            ValueError: one of them has a condition that the other lacks, or text cannot be padded for want of a mask.
         """
         return Conditions(**{name: torch.cat(pair) for name, pair in self._beside(other).items()})
 
@@ -85,9 +85,11 @@ class Conditions:
         if mine.keys() != theirs.keys():
             raise ValueError(f"conditions {sorted(mine)} cannot be joined with {sorted(theirs)}")
         if "text" in mine:  # 0 is padding in bytes, in features (masked) and, as False, in the mask
-            tokens = max(mine["text"].shape[1], theirs["text"].shape[1])
+            lengths = mine["text"].shape[1], theirs["text"].shape[1]
+            if len(set(lengths)) > 1 and mine["text"].ndim == 3 and "text_mask" not in mine:
+                raise ValueError("text features of different lengths need a text_mask: padding would be attended to")
             for name in ("text", "text_mask") if "text_mask" in mine else ("text",):
-                mine[name], theirs[name] = _padded(mine[name], tokens), _padded(theirs[name], tokens)
+                mine[name], theirs[name] = _padded(mine[name], max(lengths)), _padded(theirs[name], max(lengths))
         return {name: (mine[name], theirs[name]) for name in mine}
 
 

@@ -101,18 +101,7 @@ class VideoDiT(nn.Module):
         self.embed_frames = nn.Linear((channels + 1) * cells, width, bias=False) if frame_conditions else None
         self.embed_time = TimestepEmbedding(width, time_frequencies)
         self.embed_label = nn.Embedding(num_classes + 1, width) if num_classes else None
-        self.text: ByteTextEncoder | TextProjection | None = None
-        self.embed_text: nn.Linear | None = None
-        self.pool_text: nn.Module | None = None
-        if text:
-            self.text = ByteTextEncoder(**text)
-            self.pool_text = nn.Linear(self.text.width, width)
-            self.embed_text = nn.Linear(self.text.width, width) if self.joint else None
-        elif text_features:
-            self.text = TextProjection(text_features, width, tokens=text_tokens, pad=pad_text)
-        if pooled_features:
-            self.pool_text = nn.Sequential(nn.Linear(pooled_features, width), nn.SiLU(), nn.Linear(width, width))
-        self.pooled_features = pooled_features
+        self._build_text(text, text_features, text_tokens, pad_text, pooled_features)
 
         style = BlockStyle(
             width=width, heads=heads, mlp_width=round(width * mlp_ratio), qk_norm=qk_norm, gelu=gelu,
@@ -123,6 +112,21 @@ class VideoDiT(nn.Module):
         self.blocks = nn.ModuleList(self._blocks(style, depth, context, cross_norm))
         self.final = FinalLayer(style, (2 if learn_variance else 1) * channels * cells)
         self.initialize_weights()
+
+    def _build_text(self, text: dict[str, int] | None, features: int, tokens: int, pad: bool, pooled: int) -> None:
+        """What reads text: the encoder over bytes, projections of features, or nothing."""
+        self.text: ByteTextEncoder | TextProjection | None = None
+        self.embed_text: nn.Linear | None = None
+        self.pool_text: nn.Module | None = None
+        self.pooled_features = pooled
+        if text:
+            self.text = ByteTextEncoder(**text)
+            self.pool_text = nn.Linear(self.text.width, self.width)
+            self.embed_text = nn.Linear(self.text.width, self.width) if self.joint else None
+        elif features:
+            self.text = TextProjection(features, self.width, tokens=tokens, pad=pad)
+        if pooled:
+            self.pool_text = nn.Sequential(nn.Linear(pooled, self.width), nn.SiLU(), nn.Linear(self.width, self.width))
 
     def _blocks(self, style: BlockStyle, depth: int, context: int | None, cross_norm: bool) -> Iterator[nn.Module]:
         """context: width of the text; None for a model without."""

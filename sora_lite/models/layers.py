@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sora_lite.models.positions import rotate
+from sora_lite.models.rms_norm import RMSNorm
 
 Span = Literal["all", "frame", "time"]
 """Which tokens attend to each other: all, those of a frame, or those of one place at all times."""
@@ -40,7 +41,7 @@ class QKNorm(nn.Module):
     def __init__(self, width: int, heads: int, over: Literal["head", "full", "none"]) -> None:
         super().__init__()
         self.full = over == "full"
-        self.norm = nn.Identity() if over == "none" else nn.RMSNorm(width if self.full else width // heads, eps=1e-6)
+        self.norm = nn.Identity() if over == "none" else RMSNorm(width if self.full else width // heads, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:  # B N heads d
         return self.norm(x.flatten(2)).unflatten(-1, (x.shape[2], -1)) if self.full else self.norm(x)
@@ -140,6 +141,11 @@ class TimestepEmbedding(nn.Module):
         return self.mlp(waves.to(self.mlp[0].weight.dtype))
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x * (1 + scale) + shift, one shift and scale per sample. x: B N D; shift, scale: B D."""
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+def modulate(norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """norm(x) * (1 + scale) + shift, one shift and scale per sample. norm: without gain and bias; x: B N D; shift,
+    scale: B D."""
+    if (
+        len(x) == 1
+    ):  # then they are a layer norm's gain and bias: one pass over memory, where the plain form takes three
+        return F.layer_norm(x, norm.normalized_shape, 1 + scale[0], shift[0], norm.eps)
+    return torch.addcmul(shift.unsqueeze(1), norm(x), 1 + scale.unsqueeze(1))

@@ -88,6 +88,8 @@ class TextProjection(nn.Module):
             raise ValueError(f"a text has {text.shape[1]} tokens; the model reads at most {self.tokens}")
         if mask is None:
             return self.mlp(text), None
+        if not text.shape[1]:  # no token at all is "no text", too
+            text, mask = F.pad(text, (0, 0, 0, 1)), F.pad(mask, (0, 1))
         text = text.masked_fill(~mask.unsqueeze(-1), 0)  # B M C
         if not self.pad:
             nothing = F.pad(~mask.any(1, keepdim=True), (0, mask.shape[1] - 1))  # B M, only ever the first

@@ -44,10 +44,9 @@ def describe_attempt(*, step: int, world_size: int) -> dict[str, Any]:
     }
 
 
-def append_event(run: Path, event: dict[str, Any]) -> None:
-    """Add a line to RUN/events.jsonl. What is not finite becomes a text."""
-    with (run / EVENTS).open("a") as file:
-        file.write(json.dumps({"time": time.time(), **event}) + "\n")
+def event_line(event: dict[str, Any]) -> str:
+    """A line of RUN/events.jsonl."""
+    return json.dumps({"time": time.time(), **event})
 
 
 def _git(*arguments: str) -> str | None:

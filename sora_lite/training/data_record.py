@@ -19,6 +19,7 @@ from sora_lite.data.loader import ClipLoader
 from sora_lite.data.remote import ReadCounts
 from sora_lite.errors import UserError
 from sora_lite.parallel.env import Rank
+from sora_lite.training.lines import Lines
 
 QUARANTINE = "quarantine.jsonl"
 A_HANDFUL = 10
@@ -30,7 +31,7 @@ class Quarantine:
     """The list of a run, over all its attempts. A step that comes again after a kill is listed once."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._lines = Lines(path)
         self._known: set[tuple[int, int, str]] = set()
         self.by_shard: Counter[str] = Counter()
         """Replaced samples of each shard."""
@@ -43,10 +44,7 @@ class Quarantine:
 
     def add(self, samples: Sequence[BadSample]) -> None:
         """List samples that are not there yet."""
-        new = [one for one in samples if self._remember(one)]
-        if new:
-            with self._path.open("a") as file:
-                file.write("".join(json.dumps(asdict(one)) + "\n" for one in new))
+        self._lines.add([json.dumps(asdict(one)) for one in samples if self._remember(one)])
 
     def _remember(self, one: BadSample) -> bool:
         identity = (one.step, one.position, one.key)

@@ -3,61 +3,99 @@
 Resuming is another thing: a run that has a checkpoint goes on from it and does not look here.
 """
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sora_lite.diffusion.process import Process
 from sora_lite.errors import UserError
-from sora_lite.generation.export import read_weights
+from sora_lite.generation.export import Contract, read_weights
 
 RECORD = "init_from.json"
 """In the run folder: the table of what became of each weight."""
 
-_STARTS_AT_ZERO = ("embed_label.", "embed_frames.", "pool_text.")
-"""Parts that add to others. Where they are new they start at zero, so that the model goes on as it was."""
+_STARTS_AT_ZERO = ("embed_label.", "embed_frames.", "pool_text.weight", "pool_text.bias", "pool_text.2.")
+"""Parts that add to others: of each the last layer, since behind two layers of zeros nothing would ever be learned.
+Where they are new they start at zero, so that the model goes on as it was."""
+
+_MEANING = {
+    "model": ("heads", "positions", "rope_theta", "attention", "gelu", "time_frequencies", "text_tokens", "pad_text"),
+    "diffusion": ("objective", "noise_schedule", "zero_terminal_snr", "shift", "shift_by"),
+}
+"""Arguments of `VideoDiT` and `Process` by which weights mean something else while their names and shapes stay."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Row:
-    """What became of one weight: `taken`, `resized`, `new` (own initialisation, or zero), or `left out`."""
+    """What became of one weight: `taken`, `resized`, `new` (own initialisation, or zero), or `left out`; or a setting
+    that `differs`."""
 
     name: str
     fate: str
     why: str = ""
 
 
-def start_from(folder: Path, kind: str, module: nn.Module, patch: tuple[int, ...] | None) -> list[Row]:
+def start_from(folder: Path, kind: str, module: nn.Module, state: Mapping[str, Any] | None = None) -> list[Row]:
     """Write the weights of an export (or of a run folder that holds one) into a module; a row for each weight.
 
     Args:
         folder: an export in safetensors.
         kind: `vae` or `dit`.
         module: gets the weights.
-        patch: of a DiT, (frames, height, width); None for a VAE.
+        state: of a DiT, what its checkpoints say of it (`DiTObjective.state`).
 
     Raises:
         UserError: there is no such export, it is damaged, or nothing of it fits.
     """
     weights, contract = read_weights(folder, kind)
-    old_patch = tuple(contract.architecture["patch"]) if patch is not None else None
-    rows, state = [], module.state_dict()
+    old = new = None
+    if state is not None:
+        old, new = tuple(contract.architecture["patch"]), tuple(state["model"]["patch"])
+    rows, tensors = [], module.state_dict()
     with torch.no_grad():
-        for name, ours in state.items():
-            theirs = weights.pop(name, None)
-            rows.append(_take(name, ours, theirs, old_patch, patch))
-    rows += [Row(name=name, fate="left out", why="this model has no such weight") for name in weights]
-    if not any(row.fate == "taken" for row in rows):
+        for name, ours in tensors.items():
+            rows.append(_take(name, ours, weights.pop(name, None), old, new))
+    # Vectors alone fit by chance, such as the bias of the last layer.
+    if not any(row.fate == "taken" and tensors[row.name].ndim > 1 for row in rows):
         raise UserError(f"init_from: nothing in {folder} fits this model; give one of the same width")
-    return rows
+    rows += [Row(name=name, fate="left out", why="this model has no such weight") for name in weights]
+    return rows if state is None else rows + differences(contract, state)
+
+
+def differences(contract: Contract, state: Mapping[str, Any]) -> list[Row]:
+    """A row for each thing that changes what a DiT's weights mean, or what they see, and is another than the export's.
+
+    state: of `DiTObjective.state`.
+    """
+    theirs = {"model": contract.architecture, "diffusion": asdict(Process(**contract.diffusion))}
+    pairs = {
+        f"{group}.{key}": (theirs[group][key], state[group][key]) for group, keys in _MEANING.items() for key in keys
+    }
+    pairs["vae_from"] = contract.vae_fingerprint, state["vae_fingerprint"]
+    for key, encoder in contract.text_encoders.items():
+        if key in state["text_encoders"]:
+            pairs[key] = encoder["fingerprint"], state["text_encoders"][key]["fingerprint"]
+    return [
+        Row(name=name, fate="differs", why=f"{str(there)[:16]} of the export, {str(here)[:16]} here")
+        for name, (there, here) in pairs.items()
+        if there != here
+    ]
 
 
 def table(rows: list[Row]) -> list[str]:
     """Lines for people: what was taken in one, all else by name."""
-    taken = sum(row.fate == "taken" for row in rows)
-    others = [f"  {row.fate:<9}{row.name}: {row.why}" for row in rows if row.fate != "taken"]
-    return [f"init_from: {taken} of {len(rows)} weights taken as they are", *others]
+    taken, settings = (sum(row.fate == fate for row in rows) for fate in ("taken", "differs"))
+    return [f"init_from: {taken} of {len(rows) - settings} weights taken as they are", *by_name(rows)]
+
+
+def by_name(rows: list[Row]) -> list[str]:
+    """A line for all that is not taken as it is."""
+    return [f"  {row.fate:<9}{row.name}: {row.why}" for row in rows if row.fate != "taken"]
 
 
 def _take(
@@ -68,43 +106,44 @@ def _take(
         return Row(name=name, fate="taken")
     if theirs is not None and old is not None and new is not None and name in _PATCHED:
         resized = _PATCHED[name](theirs, old, new)
-        if resized is not None and resized.shape == ours.shape:
+        if resized.shape == ours.shape:
             ours.copy_(resized)
             return Row(name=name, fate="resized", why=f"patch {list(old)} to {list(new)}")
     why = "the export has none" if theirs is None else f"shape {list(ours.shape)}, not {list(theirs.shape)}"
-    if theirs is None and name.startswith(_STARTS_AT_ZERO):
+    if name.startswith(_STARTS_AT_ZERO):
         ours.zero_()
         return Row(name=name, fate="new", why=f"{why}; starts at zero")
     return Row(name=name, fate="new", why=why)
 
 
 def _interpolation(old: tuple[int, ...], new: tuple[int, ...]) -> Tensor:
-    """The linear map that resizes one patch bilinearly, new cells x old cells, float64."""
-    _, height, width = old
-    unit = torch.eye(height * width, dtype=torch.float64).view(-1, 1, height, width)
-    wide = nn.functional.interpolate(unit, size=new[1:], mode="bilinear", antialias=True)
-    return wide.flatten(1).T
+    """The linear map that resizes one patch along each of its axes linearly, new cells x old cells, float64."""
+
+    def along(before: int, after: int) -> Tensor:  # after x before
+        unit = torch.eye(before, dtype=torch.float64).view(before, 1, 1, before)
+        return nn.functional.interpolate(unit, size=(1, after), mode="bilinear", antialias=True).flatten(1).T
+
+    axes = [along(before, after) for before, after in zip(old, new, strict=True)]
+    return torch.einsum("pt,qh,rw->pqrthw", *axes).reshape(math.prod(new), math.prod(old))
 
 
-def _resize_embed(weight: Tensor, old: tuple[int, ...], new: tuple[int, ...]) -> Tensor | None:
+def _resize_in(weight: Tensor, old: tuple[int, ...], new: tuple[int, ...]) -> Tensor:
     """D (p q r C): the tokens of resized patches stay, as far as they can (FlexiViT, arXiv 2212.08013, equation 4)."""
-    if old[0] != new[0]:
-        return None
-    width = weight.shape[0]
-    cells = weight.double().view(width, old[0], old[1] * old[2], -1)
+    cells = weight.double().unflatten(1, (math.prod(old), -1))
     inverse = torch.linalg.pinv(_interpolation(old, new).T)  # new cells x old cells
-    return torch.einsum("no,dpoc->dpnc", inverse, cells).reshape(width, -1).float()
+    return torch.einsum("no,doc->dnc", inverse, cells).flatten(1).float()
 
 
-def _resize_out(weight: Tensor, old: tuple[int, ...], new: tuple[int, ...]) -> Tensor | None:
-    """(p q r C) ...: the predicted patch, resized bilinearly."""
-    if old[0] != new[0]:
-        return None
-    rest = weight.shape[1:]
-    channels = weight.shape[0] // (old[0] * old[1] * old[2])
-    cells = weight.double().view(old[0], old[1] * old[2], channels, -1)
-    return torch.einsum("no,pocr->pncr", _interpolation(old, new), cells).reshape(-1, *rest).float()
+def _resize_out(weight: Tensor, old: tuple[int, ...], new: tuple[int, ...]) -> Tensor:
+    """(p q r C) ...: the predicted patch, resized linearly."""
+    cells = weight.double().unflatten(0, (math.prod(old), -1))
+    return torch.einsum("no,oc...->nc...", _interpolation(old, new), cells).flatten(0, 1).float()
 
 
-_PATCHED = {"embed.weight": _resize_embed, "final.out.weight": _resize_out, "final.out.bias": _resize_out}
+_PATCHED = {
+    "embed.weight": _resize_in,
+    "embed_frames.weight": _resize_in,
+    "final.out.weight": _resize_out,
+    "final.out.bias": _resize_out,
+}
 """Weights of the DiT that see single cells of a patch."""

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from sora_lite.config import LoggingConfig, WandbMode
 from sora_lite.evaluation.record import RECORD, read_record
+from sora_lite.training.lines import Lines
 
 QUEUED = 10_000
 """Lines that wait for W&B at most; what comes on top of them is counted and left out of the view."""
@@ -41,6 +42,7 @@ class Tracker:
         self, run: Path, logging: LoggingConfig, *, resume_step: int, wandb_id: str | None, config: dict[str, Any]
     ) -> None:
         self._path = run / RECORD
+        self._lines = Lines(self._path)
         self.rewind(resume_step)
         self._view = None
         if logging.wandb is not WandbMode.disabled:
@@ -49,18 +51,19 @@ class Tracker:
 
     def rewind(self, step: int) -> None:
         """Drop what the record holds of steps after `step`."""
+        self._lines.close()
         kept = [line for line in read_record(self._path) if line["step"] <= step]
         temporary = self._path.with_name(f"{RECORD}.tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         temporary.replace(self._path)
-        self._file = self._path.open("a")
+        self._lines = Lines(self._path)
+        self._lines.add(())  # open from now on: who is taken for dead and lives writes into a file that was replaced
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Write one line. Values are numbers or short texts."""
         # JSON knows no NaN: what is not finite is null in the record.
         finite = {name: v if not isinstance(v, float) or math.isfinite(v) else None for name, v in values.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
-        self._file.flush()
+        self._lines.add([json.dumps({"step": step, **finite})])
         if self._view:
             self._view.put(lambda wandb_run: wandb_run.log(values, step=step))
 
@@ -77,7 +80,7 @@ class Tracker:
 
     def finish(self) -> None:
         """Flush and close both."""
-        self._file.close()
+        self._lines.close()
         if self._view:
             self._view.finish()
 

@@ -31,7 +31,7 @@ from sora_lite.errors import Interrupted, UserError
 from sora_lite.parallel.apply import apply_parallel
 from sora_lite.parallel.env import Rank
 from sora_lite.training.account import Account
-from sora_lite.training.attempt import EVENTS, append_event, code_version, describe_attempt
+from sora_lite.training.attempt import EVENTS, code_version, describe_attempt, event_line
 from sora_lite.training.checkpoint import Saver
 from sora_lite.training.data_record import DataRecord
 from sora_lite.training.ema import EMA
@@ -40,6 +40,7 @@ from sora_lite.training.guards import UpdateGuard
 from sora_lite.training.handover import Handover
 from sora_lite.training.inputs import load_made, load_split, make_loader, make_rows
 from sora_lite.training.lease import Held
+from sora_lite.training.lines import Lines
 from sora_lite.training.metrics import peak_flops
 from sora_lite.training.objective import HeldOut, Objective
 from sora_lite.training.optim import learning_rate
@@ -107,6 +108,7 @@ class Trainer:
         self.ema = EMA(self.engine, optim.ema_decay, on_cpu=optim.ema_on_cpu) if optim.ema_decay > 0 else None
         self.wandb_id: str | None = None
         self.tracker: Tracker | None = None
+        self.events = Lines(self.folder / EVENTS)
         self.data = DataRecord(self.folder, config.data, self.loader, rank)
         self.guard = UpdateGuard(config.guard)
         self.left_out = self.rollbacks = 0
@@ -144,9 +146,10 @@ class Trainer:
         self._start_tracking()
         # Closed by an error too: its message then has a line of its own, and W&B keeps what it was told.
         with contextlib.ExitStack() as ending:
+            self.stop = ending.enter_context(StopFlag())  # first: another signal must not cut off what follows either
             if self.tracker:
                 ending.callback(self.tracker.finish)
-            self.stop = ending.enter_context(StopFlag())
+            ending.callback(self.events.close)
             self.watchdog = ending.enter_context(
                 Watchdog(
                     self.folder / "watchdog",
@@ -155,6 +158,9 @@ class Trainer:
                     seconds=run.watchdog_seconds,
                 )
             )
+            # Validation and sampling may take longer than a step: each forward pass is progress.
+            hook = self.engine.module.register_forward_pre_hook(lambda *_: self.watchdog.go_on())
+            ending.callback(hook.remove)
             self.progress = ending.enter_context(
                 tqdm(
                     total=run.steps,
@@ -253,7 +259,7 @@ class Trainer:
         whose = f" on rank {', '.join(map(str, bad))}" if bad else ""
         self._say(f"step {step}: update left out, {result.left_out}{whose}; samples in {self.folder / EVENTS}")
         if self.rank.is_main:
-            append_event(self.folder, event)
+            self.events.add([event_line(event)])
         if self.guard.exhausted:
             raise UserError(
                 f"guard.max_skips: more than {guard.max_skips} updates were left out within {guard.window} steps, the "
@@ -316,7 +322,11 @@ class Trainer:
             return
         path = self.folder / "samples" / f"step_{self.step:08d}.png"
         with self.engine.swapped(self.ema):
-            self.objective.sample(self.engine, self.validation, path)
+            try:
+                self.objective.sample(self.engine, self.validation, path)
+            except OSError as error:  # rank 0's, when all is drawn
+                self._say(f"warning: {path}: cannot be written ({error.strerror})")
+                return
         if self.tracker:
             self.tracker.log_image(self.step, "samples", path)
 

@@ -11,6 +11,7 @@ that is stopped from outside (SIGSTOP, a hung node) can do neither: the others m
 the launcher ends it with the job.
 """
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -41,7 +42,7 @@ class Watchdog:
         self._folder, self._rank, self._world_size, self._seconds = folder, rank, world_size, seconds
         self._period = seconds / 10
         self._done = threading.Event()
-        self._progress = ("start", time.time())
+        self._progress = ("start", time.time(), time.monotonic())
         self._armed = -1e9
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._stacks: IO[str]
@@ -67,35 +68,46 @@ class Watchdog:
 
     def beat(self, what: str) -> None:
         """Training makes progress; `what` it does now is shown where it stops there. Cheap: call it at will."""
-        self._progress = (what, time.time())
         now = time.monotonic()
+        self._progress = (what, time.time(), now)
         if now - self._armed > self._period:  # setting the C clock starts a thread
             faulthandler.dump_traceback_later(1.5 * self._seconds, exit=True, file=self._stacks)
             self._armed = now
+
+    def go_on(self) -> None:
+        """Training makes progress in what it does."""
+        self.beat(self._progress[0])
 
     # ------------------------------------------------------------------------------------------------ the thread
 
     def _watch(self) -> None:
         while not self._done.wait(self._period):
             self._write_sign()
-            if time.time() - self._progress[1] > self._seconds:
+            if self._waited() > self._seconds:
                 self._end()
 
+    def _waited(self) -> float:
+        """Seconds without progress, whatever is done to the clock on the wall meanwhile."""
+        return time.monotonic() - self._progress[2]
+
     def _write_sign(self) -> None:
-        what, since = self._progress
+        what, since, _ = self._progress
         sign = {"host": platform.node(), "pid": os.getpid(), "alive": time.time(), "what": what, "since": since}
         temporary = self._sign_path(self._rank).with_suffix(".tmp")
-        temporary.write_text(json.dumps(sign))
-        temporary.replace(self._sign_path(self._rank))
+        with contextlib.suppress(OSError):  # on a full disk this rank looks silent, and its training is watched still
+            temporary.write_text(json.dumps(sign))
+            temporary.replace(self._sign_path(self._rank))
 
     def _end(self) -> None:
         time.sleep(2 * self._period)  # so that the others, who wait for the same rank, have told where they stand
         report = self.report()
         print(report, file=sys.stderr, flush=True)
-        self._stacks.write(report + "\n")
-        self._stacks.flush()
-        faulthandler.dump_traceback(self._stacks, all_threads=True)
-        os._exit(EXIT_STUCK)
+        try:
+            self._stacks.write(report + "\n")
+            self._stacks.flush()
+            faulthandler.dump_traceback(self._stacks, all_threads=True)
+        finally:
+            os._exit(EXIT_STUCK)
 
     def report(self) -> str:
         """Who has stopped, as far as the signs of life of all ranks tell, and where the others wait."""
@@ -119,9 +131,7 @@ class Watchdog:
         if stopped == [] and shown:
             shown[0] += "  <- first to stop"
         more = [f"  and {len(waiting) - SHOWN} ranks that stopped later"] if len(waiting) > SHOWN else []
-        head = (
-            f"watchdog of rank {self._rank}: no progress for {now - self._progress[1]:.0f} s; stacks in {self._folder}"
-        )
+        head = f"watchdog of rank {self._rank}: no progress for {self._waited():.0f} s; stacks in {self._folder}"
         return "\n".join([head, *stopped, *shown, *more])
 
     def _read_sign(self, rank: int) -> dict[str, Any] | None:

@@ -61,8 +61,9 @@ def runs(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def new(run: Path) -> dict[str, str]:
-    """What is not as in the source, and why."""
-    return {row["name"]: row["why"] for row in json.loads((run / "init_from.json").read_text()) if row["fate"] != "taken"}
+    """Weights that are not as in the source, and why."""
+    rows = json.loads((run / "init_from.json").read_text())
+    return {row["name"]: row["why"] for row in rows if row["fate"] not in ("taken", "differs")}
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

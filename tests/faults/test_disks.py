@@ -1,17 +1,22 @@
 """Disks that are full, have no inodes left, or may not be written: a clear error, and the old checkpoint as it was."""
 
+import contextlib
 import os
 import re
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import dist_model as dm
 import pytest
 from dist_ranks import run_ranks
+from real_runs import Ranks
 from saving_ranks import STOP, WARN, make, save, saver_of
+from tiny_inputs import Tiny, call
 
 from sora_lite.errors import UserError
+from sora_lite.evaluation.record import RECORD, read_record
 from sora_lite.parallel.env import Rank
 from sora_lite.training import restore, store
 
@@ -124,3 +129,32 @@ def test_a_disk_that_fails(fault: str, disk: Path, tmp_path: Path) -> None:
     assert re.search(FAULTS[fault], told[0]), told
     assert "could not be written" in told[0]
     assert any("training goes on" in line for line in told[1:])
+
+
+def test_a_run_goes_on_past_a_full_disk_and_loses_no_line(tiny: Tiny, disk: Path, tmp_path: Path) -> None:
+    argv = ["train", "experiment=tiny", f"data.shards={tiny.shards}", f"vae_from={tiny.vae}", f"run.root={disk}"]
+    argv += ["run.name=run", "run.steps=40", "run.save_every=4", "run.keep_last=1", "run.validate_every=20"]
+    argv += ["run.on_failed_save=warn", "logging.peak_tflops=1", "parallel.threads=1"]
+    ranks = Ranks(tmp_path / "ranks", 2, argv).wait_for(disk / "run/checkpoints/latest", "step_")
+    filler = (disk / "filler").open("wb", buffering=0)
+    end = time.monotonic() + 60
+    while not ("its lines wait" in ranks.log and "training goes on" in ranks.log):
+        with contextlib.suppress(OSError):
+            filler.write(bytes(4096))
+        assert time.monotonic() < end and None in [one.exitcode for one in ranks.processes], ranks.log
+    os.unlink(filler.name)
+    filler.close()
+    assert ranks.end() == [0, 0], ranks.log
+    lines = [line["step"] for line in read_record(disk / "run" / RECORD) if "loss" in line]
+    assert lines == list(range(1, 41))
+    assert store.latest(disk / "run/checkpoints") == disk / "run/checkpoints/step_00000040"
+
+
+def test_a_run_that_cannot_begin_says_why(tiny: Tiny, disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (disk / "tiny/attempts").mkdir(parents=True)
+    (disk / "tiny/checkpoints").mkdir()
+    filler = os.statvfs(disk)
+    (disk / "filler").write_bytes(bytes((filler.f_bavail - 3) * filler.f_frsize))  # enough for an attempt to begin
+    given = [f"data.shards={tiny.shards}", f"vae_from={tiny.vae}", f"run.root={disk}"]
+    assert call("train", "experiment=tiny", *given) == 2
+    assert re.search("^error: .*No space left on device.*make room", capsys.readouterr().err, re.MULTILINE)

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -203,6 +204,23 @@ def test_a_rank_that_hangs(tmp_path: Path, tiny: Tiny, how: str) -> None:
     if how != "sleep":
         assert "train_step" in (folder / "stacks_00000.txt").read_text()
         assert f"process {ranks.pid(1)}) STOPPED" in ranks.log
+
+
+def slow_validation(rank: int) -> None:
+    from sora_lite.models.dit import VideoDiT
+
+    forward = VideoDiT.forward
+
+    def slow(self: VideoDiT, *args: Any) -> Any:
+        time.sleep(0.0 if self.training else 1.5)
+        return forward(self, *args)
+
+    VideoDiT.forward = slow  # type: ignore[method-assign]
+
+
+def test_a_validation_may_take_longer_than_a_step(tmp_path: Path, tiny: Tiny) -> None:
+    argv = settings(tiny, tmp_path, "run.steps=1", "run.validate_every=1", "run.watchdog_seconds=5")
+    assert Ranks(tmp_path / "ranks", 1, argv, slow_validation).end() == [0]  # of five times t, 1.5 s each
 
 
 def test_an_error_of_one_rank_ends_all_and_stands_first(tmp_path: Path, tiny: Tiny) -> None:

@@ -154,6 +154,48 @@ def test_a_wrong_value_names_its_key(root: str, override: str, says: str) -> Non
 
 
 @pytest.mark.parametrize(
+    ("root", "override", "says"),
+    [
+        ("train", "run.name=..", "run.name: '..' is no name of a folder"),
+        ("train", "run.seed=99999999999999999999", "run.seed: must be at least 0"),
+        ("train", "run.watchdog_seconds=inf", "run.watchdog_seconds: must be above 0"),
+        ("train", "logging.peak_tflops=0", "logging.peak_tflops: must be above 0"),
+        ("train", "optim.betas=[0.9,1.0]", "optim.betas: needs two numbers in [0, 1)"),
+        ("train", "optim.eps=-1", "optim.eps: must be above 0"),
+        ("train", "optim.clip=-1", "optim.clip: must be at least 0"),
+        ("train", "parallel.threads=0", "parallel.threads: must be at least 1"),
+        ("train", "data.worker_timeout=300", "data.worker_timeout: 300 is not below run.watchdog_seconds=300"),
+        ("train", "data.cache_mb=-1", "data.cache_mb: must be at least 0"),
+        ("train", "data.shard_cache_gb=inf", "data.shard_cache_gb: must be above 0"),
+        ("train", "data.max_bad_fraction=2", "data.max_bad_fraction: is a fraction"),
+        ("train", "data.cache=~/index", "data.cache: '~/index' cannot be read; close every bracket"),
+        ("inspect", "model.heads=0", "model.heads: must be at least 1, not 0"),
+        ("inspect", "model.depth=-1", "model.depth: must be at least 1"),
+        ("inspect", "model.num_classes=-1", "model.num_classes: must be at least 0"),
+        ("inspect", "model.text_features=-3", "model.text_features: must be at least 0"),
+        ("inspect", "model.mlp_ratio=0", "model.mlp_ratio: must be above 0"),
+        ("inspect", "model.rope_theta=0", "model.rope_theta: must be above 0"),
+        ("inspect", "model.patch=[0,2,2]", "model.patch: must be [frames, height, width], not [0, 2, 2]"),
+        ("inspect", "model.text.heads=0", "model.text.heads: must be at least 1"),
+        ("inspect", "model.text.max_bytes=0", "model.text.max_bytes: must be at least 1"),
+        ("inspect", "latent=[4,1,32]", "latent: must be [channels, frames, height, width]"),
+        ("inspect", "latent=[4,0,32,32]", "latent: must be [channels, frames, height, width]"),
+        ("generate", "frames=0", "frames: must be at least 1"),
+        ("generate", "resolution=[0,32]", "resolution: must be [height, width], not [0, 32]"),
+        ("generate", "threads=0", "threads: must be at least 1"),
+        ("generate", "sampling.guidance=nan", "sampling.guidance: must be a number"),
+        ("evaluate", "count=0", "count: must be at least 1"),
+        ("evaluate", "judge_steps=0", "judge_steps: must be at least 1"),
+        ("evaluate", "attributes=[]", "attributes: is empty"),
+    ],
+)
+def test_an_impossible_number_names_its_key(root: str, override: str, says: str) -> None:
+    with pytest.raises(UserError) as error:
+        compose_whole(root, override)
+    assert str(error.value).startswith(says)
+
+
+@pytest.mark.parametrize(
     ("overrides", "says"),
     [
         (["data.sets=[{shards: a}]", "data.shards=b"], "leave one of them out"),

@@ -257,6 +257,21 @@ class TestExport:
         assert "one per prompt" in refused("generate", model, "labels=[1]", "prompts=[a, b]")
         assert "frames" in refused("generate", model, "labels=[1]", "frames=18")
 
+    def test_places_that_cannot_be_written_to(self, trained: Path, tmp_path: Path, refused: Refused) -> None:
+        run, file = trained / "tiny", tmp_path / "file"
+        file.write_text("")
+        line = refused("generate", f"model_from={run}", "labels=[1]", f"out={file}", "sampling.steps=999")
+        assert line == f"out: {file} is a file; name a folder"
+        assert str(file) in refused("export", f"run={run}", f"out={file}")
+        line = refused("evaluate", f"model_from={run}", "shards=nowhere", f"out={tmp_path}")
+        assert line.startswith(f"out: {tmp_path} is a folder")
+
+    def test_settings_that_would_do_nothing(self, trained: Path, refused: Refused) -> None:
+        run = trained / "tiny"
+        assert "trained no adapters" in refused("export", f"run={run}", "init_from=nowhere")
+        line = refused("export", f"run={run / 'export'}", "layout=diffusers", "weights=raw")
+        assert line.startswith("weights, init_from:") and "leave them out" in line
+
 
 def test_as_a_command_of_its_own(tiny: Tiny, trained: Path, tmp_path: Path) -> None:
     """The whole of stderr, with whatever libraries say on the way out."""

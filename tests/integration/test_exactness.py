@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from stamped import HEIGHT, MAKERS, ONE, STAMPS, WIDTH, read_stamp
 
-from sora_lite.data import video
-from sora_lite.data.video import BadVideo, cut_clips, decode_clip, probe, read_frames
+from sora_lite.data.video import BadVideo, cut_clips, decode_clip, probe, read_frames, reader
 
 RATE = Fraction(25)
 CLIP = {"size": (80, 112), "fps": RATE, "crf": 20, "preset": "ultrafast"}
@@ -75,8 +74,8 @@ def test_a_single_frame_is_a_clip(name: str) -> None:
 @pytest.mark.parametrize("name", ["h264_open", "h264_open_mkv", "hevc_open", "vp9", "av1", "h264_ts", "mpeg2_ps"])
 def test_what_comes_before_is_not_decoded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     facts, decoded = probe(made(name)), []
-    check = video._Check.__call__
-    monkeypatch.setattr(video._Check, "__call__", lambda self, *frame: decoded.append(frame) or check(self, *frame))
+    check = reader.Check.__call__
+    monkeypatch.setattr(reader.Check, "__call__", lambda self, *frame: decoded.append(frame) or check(self, *frame))
     next(read_frames(made(name), start=int(facts.pts[40])))
     assert len(decoded) <= 24, "two groups of 12 at most"
 

@@ -6,15 +6,13 @@ import json
 import os
 import re
 import resource
-import shutil
 import socket
 import subprocess
 import sys
-import tarfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,18 +23,15 @@ import numpy as np
 import psutil
 import pytest
 import stamped
+from data_runs import snapshot
 
-from data_tools import pack
 from data_tools.cli import main
-from data_tools.job import Job
 from data_tools.locations import printable
 from data_tools.pool import run_tasks
 from sora_lite.data.index import Index
-from sora_lite.data.loader import ClipReader
 from sora_lite.data.manifest import Manifest
-from sora_lite.data.shards import DamagedSample, ShardReader
+from sora_lite.data.shards import ShardReader
 from sora_lite.data.video import BadVideo, decode_clip
-from sora_lite.errors import UserError
 
 SECRET = "c4n4ry-of-the-mine"
 CANARY_STAMP = 200
@@ -271,21 +266,6 @@ def cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def snapshot(root: Path) -> dict[bytes, tuple[int, ...]]:
-    """Everything under a folder but the shards: kind, identity, and of files size, time of change; of canaries, when
-    they were last read."""
-    found = {}
-    for parent, folders, files in os.walk(os.fsencode(root)):
-        if b"shards" in folders:
-            folders.remove(b"shards")
-        for name in [*folders, *files]:
-            status = os.lstat(path := os.path.join(parent, name))
-            read = status.st_atime_ns if name.startswith(b"canary") and parent == os.fsencode(root) else 0
-            rest = (status.st_size, status.st_mtime_ns, read) if name in files else ()
-            found[path] = (status.st_mode, status.st_ino, *rest)
-    return found
-
-
 @pytest.fixture(scope="module")
 def ran(folder: Folder) -> Ran:
     return run(folder.root)
@@ -453,236 +433,3 @@ def test_metadata_that_no_clip_should_carry(row: str, tmp_path: Path, capsys: py
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {tmp_path}/videos/metadata.jsonl, line 1: ") and line.isprintable()
     assert len(line) < 1000
-
-
-# ------------------------------------------------------------------------------------------------- shards of others
-
-
-def broken(change: Callable[[hostile.Shards], None]) -> Callable[[], hostile.Shards]:
-    def make() -> hostile.Shards:
-        shards = hostile.Shards(removed=["gone"])
-        for key in ("gone", "kept"):
-            shards.add(key, hostile.good("mp4"))
-        change(shards)
-        return shards
-
-    return make
-
-
-def add_member(shards: hostile.Shards, name: str, kind: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.type, member.linkname = kind, "/etc/hostname"
-    member.size = 3 if kind == tarfile.REGTYPE else 0
-    shards.members.append((member, b"abc" if member.size else b""))
-
-
-def keyed(key: str, **how: Any) -> Callable[[hostile.Shards], None]:
-    return lambda shards: shards.add(key, hostile.good("mp4"), **how)
-
-
-def placed(**place: Any) -> Callable[[hostile.Shards], None]:
-    return lambda shards: shards.rows[1].update(place)
-
-
-OF_OTHERS = {
-    "up": keyed("../../escaped"),
-    "absolute": keyed("/escaped"),
-    "dots": keyed(".."),
-    "nothing": keyed(""),
-    "long": keyed("k" * 200),
-    "newline": keyed("a\nerror: b"),
-    "terminal": keyed("\x1b]0;title\x07\x1b[2J"),
-    "twice": keyed("kept"),
-    "ext": keyed("other", ext="mp4/../../../escaped"),
-    "program": keyed("other", ext="sh"),
-    "link": keyed("other", kind=tarfile.SYMTYPE),
-    "hard link": keyed("other", kind=tarfile.LNKTYPE),
-    "device": keyed("other", kind=tarfile.CHRTYPE),
-    "pipe": keyed("other", kind=tarfile.FIFOTYPE),
-    "folder": keyed("other", kind=tarfile.DIRTYPE),
-    "more": lambda shards: add_member(shards, "../../escaped", tarfile.REGTYPE),
-    "more links": lambda shards: add_member(shards, "escaped", tarfile.SYMTYPE),
-    "before": placed(media_offset=-512),
-    "beyond": placed(media_offset=2**62),
-    "backwards": placed(media_size=-1),
-    "endless": placed(media_size=2**62, json_size=2**40),
-    "no frames": placed(frames=0),
-    "negative": placed(frames=-5, height=-1),
-    "many frames": placed(frames=2**31 - 1),
-    "no rate": placed(fps=float("nan")),
-    "nothing known": placed(frames=None, crc32c=None),
-    "captions": keyed("other", captions=7, label="x"),
-    "deep": keyed("other", extra=json.loads("[" * 600 + "]" * 600)),
-    "no source": keyed("other", source=3),
-    "playlist": lambda shards: shards.add("other", hostile.playlists(Path("/etc/hostname"), "http://a")["concat"]),
-    "bomb": lambda shards: shards.add("other", hostile.BOMBS["frames 1e8.mp4"][0]()),
-    "split": lambda shards: setattr(shards, "split", "../../escaped"),
-    "path": lambda shards: setattr(shards, "name", "../../escaped"),
-    "name": lambda shards: setattr(shards, "name", "\x1b[2J-000000"),
-    "editions": lambda shards: setattr(shards, "name", "train-000000.x"),
-}
-
-
-HARMLESS = (None, "deep")
-
-
-@pytest.mark.parametrize("what", [None, *OF_OTHERS])
-def test_shards_of_others(what: str | None, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Whatever a consistent folder of shards holds: it is found, and nothing leaves the folder."""
-    shards = broken(OF_OTHERS[what] if what else lambda _: None)()
-    root = tmp_path / "a/b"
-    shards.write(root / "shards")
-    before = snapshot(tmp_path)
-    whole = [printed_by(capsys, "verify", root / "shards", "workers=1")]
-    whole += [
-        printed_by(capsys, "compact", root / "shards"),
-        printed_by(capsys, "verify", root / "shards", "workers=0"),
-    ]
-    statuses = [status for status, _ in whole]
-    assert statuses == [0, 0, 0] if what in HARMLESS else statuses[0] == 2 and set(statuses) <= {0, 2}, whole
-    for _, text in whole:
-        assert all(line.isprintable() for line in text.replace("\r", "\n").splitlines()), text
-    assert snapshot(tmp_path) == before
-    with contextlib.suppress(UserError):
-        index = Index.load(root / "shards", "train")
-        reader = ClipReader(index, cache_bytes=0)
-        for sample in range(len(index)):
-            with contextlib.suppress(DamagedSample, BadVideo):
-                assert reader.read(sample, (hostile.FRAMES, 48, 64)).frames.shape == (hostile.FRAMES, 48, 64, 3)
-    assert snapshot(tmp_path) == before
-
-
-def printed_by(capsys: pytest.CaptureFixture, *words: object) -> tuple[int, str]:
-    status = main([str(word) for word in words])
-    captured = capsys.readouterr()
-    return status, captured.out + captured.err
-
-
-def test_links_where_files_are_written_are_not_followed(tmp_path: Path) -> None:
-    shards = broken(lambda _: None)()
-    shards.write(tmp_path / "shards")
-    for name in (".lock", "train-000000.1.tar.partial", "train-000000.1.tar", "manifest.json.partial"):
-        (tmp_path / "shards" / name).symlink_to(tmp_path / "canary.txt")
-    for content in (None, SECRET):
-        if content is not None:
-            (tmp_path / "canary.txt").write_text(content)
-        assert main(["compact", str(tmp_path / "shards")]) in (0, 2)
-        assert (tmp_path / "canary.txt").exists() == (content is not None)
-    assert (tmp_path / "canary.txt").read_text() == SECRET
-
-
-# ----------------------------------------------------------------------------------------------------- damaged state
-
-
-SETTINGS = ("workers=0", "dedupe.near=false", "split.detector=none", "validation_fraction=0.3", "pack.preset=ultrafast")
-
-
-@dataclass(kw_only=True)
-class State:
-    """Folders to copy and damage."""
-
-    videos: Path
-    done: Path
-    """A data set that is finished."""
-    half: Path
-    """The same with everything encoded, and no shard yet."""
-
-
-@pytest.fixture(scope="module")
-def state(tmp_path_factory: pytest.TempPathFactory) -> State:
-    root = tmp_path_factory.mktemp("state")
-    found = State(videos=root / "videos", done=root / "done", half=root / "half")
-    found.videos.mkdir()
-    for kind in ("mp4", "gif", "png", "avi"):
-        (found.videos / f"a.{kind}").write_bytes(hostile.good(kind))
-    assert main(["run", str(found.videos), str(found.done), *SETTINGS]) == 0
-    assert main(["probe", str(found.videos), str(found.half), *SETTINGS]) == 0
-    for stage in ("split", "score"):
-        assert main([stage, str(found.half)]) == 0
-    job = Job.resume(found.half, [])
-    plan, parts = job.run("caption"), job.table("encode").folder / pack.PARTS
-    parts.mkdir(parents=True)
-    for unit in pack.units(plan.left(), plan.scores, parts, job.config):
-        pack.work(unit.task)
-    return found
-
-
-def damages(content: bytes, flips: int) -> Iterator[bytes]:
-    """What a disk, a hasty hand or another program makes of a file."""
-    rng = np.random.default_rng(len(content))
-    yield from (b"", content[: len(content) // 2], rng.bytes(len(content)), b"PAR1" + rng.bytes(99) + b"PAR1")
-    if flips > 1:
-        yield from (content[:-1], content[8:], bytes(len(content)))
-    for _ in range(flips):
-        flipped = bytearray(content)
-        flipped[rng.integers(0, len(content))] ^= 1 << int(rng.integers(0, 8))
-        yield bytes(flipped)
-
-
-OTHER_JSON = ["[]", "3", '"x"', "null", "[" * 50_000, '{"a": 1}', '{"schema_version": 2}', '{"probe": 3}']
-OTHER_JSON += [
-    '{"split": {"fps": "x"}}',
-    '{"workers": [1]}',
-    '{"caption": {"command": 3}}',
-    '{"shards": [1]}',
-    "\0",
-]
-
-
-def shards_in(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".tar", ".parquet")}
-
-
-def damaged_states(state: State, flips: int) -> Iterator[tuple[str, Path, bytes, list[str]]]:
-    """(what, file in a copy, its damaged content, command)"""
-    for base, command in ((state.half, ["pack"]), (state.done, ["run", str(state.videos)])):
-        for path in sorted(path for path in base.rglob("*") if path.is_file() and path.name != ".lock"):
-            if path.name == "report.json" or (base is state.done and ".work" in path.parts):
-                continue
-            others = [text.encode() for text in OTHER_JSON] if path.suffix == ".json" else []
-            # a flipped bit may make of settings others that are as good
-            for content in [*damages(path.read_bytes(), 0 if path.name == "settings.json" else flips), *others]:
-                yield base.name, path.relative_to(base), content, command
-
-
-def check_damaged_states(state: State, tmp_path: Path, capsys: pytest.CaptureFixture, flips: int) -> Counter[str]:
-    """Each is mended without a word, or named with its cure, which helps. Returns how often it went which way."""
-    expected, ways, cured = shards_in(state.done), Counter[str](), set[Path]()
-    for name, path, content, (verb, *words) in damaged_states(state, flips):
-        folder = tmp_path / "copy"
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(state.done.parent / name, folder)
-        (folder / path).write_bytes(content)
-        status, text = printed_by(capsys, verb, *words, folder, *(SETTINGS if verb == "run" else ()))
-        what = f"{name}/{path} {content[:30]!r} {len(content)}"
-        ways[f"{path.suffix} {status}"] += 1
-        if status == 0:
-            if path.suffix != ".tar" or name == "half":  # `run` reads finished tars where it has to, and no more
-                assert shards_in(folder) == expected, what
-            continue
-        line = text.splitlines()[-1]
-        assert status == 2 and line.startswith("error: ") and path.name in line, (what, line)
-        if name == "half" and path not in cured:
-            cured.add(path)
-            (folder / path).unlink()
-            assert main(["run", str(state.videos), str(folder), *SETTINGS]) == 0
-            assert shards_in(folder) == expected, what
-    return ways
-
-
-def test_a_damaged_state_is_named_or_mended(state: State, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    ways = check_damaged_states(state, tmp_path, capsys, flips=1)
-    assert min(ways[f"{suffix} 2"] for suffix in (".json", ".parquet", ".tar")) > 3 and ways[".tar 0"] > 3
-
-
-@pytest.mark.slow
-def test_flipped_bits_of_the_state(state: State, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert check_damaged_states(state, tmp_path, capsys, flips=40).total() > 500
-
-
-def test_a_full_disk_is_no_fault_of_a_video(state: State, tmp_path: Path) -> None:
-    job = Job.resume(state.half, [])
-    plan = job.run("caption")
-    unit = pack.units(plan.left(), plan.scores, tmp_path / "gone", job.config)[0]
-    with pytest.raises(UserError, match=r"gone/.*\.tar: cannot be written \(No such file or directory\)"):
-        list(run_tasks(pack.work, [("a", unit.task)], workers=0, stall_seconds=1, memory_mb=64))

@@ -1,15 +1,21 @@
 """A run starts from the weights of another: as they are, with another patch, and with conditions that are new."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny_inputs import Tiny, call
 
+from sora_lite.errors import UserError
+from sora_lite.generation import export
+from sora_lite.generation.export import load_transformer, read_contract
 from sora_lite.models.conditions import Conditions
 from sora_lite.models.dit import VideoDiT
-from sora_lite.training.init_from import start_from
+from sora_lite.models.patch import patchify
+from sora_lite.training.init_from import Row, start_from, table
 
 
 def words(tiny: Tiny, root: Path, *more: str) -> list[str]:
@@ -47,30 +53,97 @@ def test_a_run_starts_where_another_ended(
     assert "gone: no such folder" in capsys.readouterr().err
 
 
-def test_new_conditions_change_nothing_at_first_and_patches_are_resized(source: Path) -> None:
-    from sora_lite.generation.export import load_dit
+@pytest.fixture
+def old(source: Path) -> VideoDiT:
+    return load_transformer(source)[0]
 
-    old, _, contract = load_dit(source)
+
+def like(source: Path, **changes: Any) -> tuple[VideoDiT, dict[str, Any]]:
+    """A new model like that of an export but for some arguments, and what a run would say of it."""
+    contract = read_contract(source, "dit")[1]
+    architecture = contract.architecture | changes
     torch.manual_seed(1)
-    more = VideoDiT(**(contract.architecture | {"frame_conditions": True}))
-    rows = {row.name: row for row in start_from(source, "dit", more, tuple(contract.architecture["patch"]))}
-    assert rows["embed_frames.weight"].fate == "new" and all(
-        row.fate == "taken" for name, row in rows.items() if name != "embed_frames.weight"
-    )
-    latent, time = torch.randn(2, old.channels, 2, 4, 4), torch.tensor([0.3, 0.8])
-    conditions = Conditions(labels=torch.tensor([1, 2]), text=torch.ones(2, 3, dtype=torch.int64))
-    assert torch.equal(old(latent, time, conditions), more.eval()(latent, time, conditions))
+    about = {"diffusion": contract.diffusion, "vae_fingerprint": contract.vae_fingerprint, "text_encoders": {}}
+    return VideoDiT(**architecture).eval(), {"model": architecture} | about
 
-    wide = VideoDiT(**(contract.architecture | {"patch": [1, 4, 4]}))
-    fates = {row.name: row.fate for row in start_from(source, "dit", wide, (1, 4, 4))}
-    assert {name for name, fate in fates.items() if fate == "resized"} == {
+
+def fates(rows: list[Row], fate: str) -> set[str]:
+    return {row.name for row in rows if row.fate == fate}
+
+
+LATENT, TIME = torch.randn(2, 4, 2, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0.3, 0.8])
+ASKED = Conditions(labels=torch.tensor([1, 2]), text=torch.ones(2, 3, dtype=torch.int64))
+
+
+def test_new_conditions_change_nothing_at_first(source: Path, old: VideoDiT) -> None:
+    more, state = like(source, frame_conditions=True)
+    rows = start_from(source, "dit", more, state)
+    assert fates(rows, "new") == {"embed_frames.weight"}
+    assert fates(rows, "taken") == {row.name for row in rows} - {"embed_frames.weight"}
+    assert torch.equal(old(LATENT, TIME, ASKED), more(LATENT, TIME, ASKED))
+
+
+def test_new_pooled_text_changes_nothing_at_first_and_is_learned(source: Path) -> None:
+    """In a model of labels, so that nothing else reads text."""
+    labels, state = like(source, text=None)
+    start_from(source, "dit", labels, state)
+    more, state = like(source, text=None, pooled_features=12)
+    start_from(source, "dit", more, state)
+    asked = Conditions(labels=ASKED.labels, pooled=torch.randn(2, 12))
+    assert torch.equal(labels(LATENT, TIME, Conditions(labels=ASKED.labels)), more(LATENT, TIME, asked))
+    more(LATENT, TIME, asked).square().sum().backward()
+    assert more.pool_text is not None and more.pool_text[2].weight.grad.abs().max() > 0
+
+
+def test_patches_are_resized(source: Path, old: VideoDiT) -> None:
+    wide, state = like(source, patch=[1, 4, 4])
+    assert fates(start_from(source, "dit", wide, state), "resized") == {
         "embed.weight", "final.out.weight", "final.out.bias",
     }  # fmt: skip
     # a picture twice as large in patches twice as large gives the same tokens
     small = torch.randn(1, old.channels, 1, 2, 2)
-    from sora_lite.models.patch import patchify
-
     large = torch.nn.functional.interpolate(small[:, :, 0], size=(4, 4), mode="bilinear", antialias=True)[:, :, None]
     torch.testing.assert_close(
         wide.embed(patchify(large, (1, 4, 4))), old.embed(patchify(small, (1, 2, 2))), rtol=1e-4, atol=1e-4
     )
+
+
+def test_patches_are_resized_in_time(source: Path, old: VideoDiT) -> None:
+    """A clip at half speed in patches of two frames gives the same tokens, and predicts each frame twice."""
+    longer, state = like(source, patch=[2, 2, 2])
+    assert len(fates(start_from(source, "dit", longer, state), "resized")) == 3
+    slow = LATENT.repeat_interleave(2, dim=2)
+    torch.testing.assert_close(longer.embed(patchify(slow, (2, 2, 2))), old.embed(patchify(LATENT, (1, 2, 2))))
+    expected = old(LATENT, TIME, ASKED).repeat_interleave(2, dim=2)
+    torch.testing.assert_close(longer(slow, TIME, ASKED), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_patches_of_as_many_cells_are_resized_too_and_given_frames_with_them(source: Path, tmp_path: Path) -> None:
+    given, state = like(source, frame_conditions=True)
+    torch.nn.init.normal_(given.embed_frames.weight)
+    _, contract = read_contract(source, "dit")
+    export.write(tmp_path, replace(contract, architecture=state["model"]), given.state_dict())
+    tall, state = like(source, frame_conditions=True, patch=[1, 4, 1])
+    rows = start_from(tmp_path, "dit", tall, state)
+    assert fates(rows, "resized") == {"embed.weight", "embed_frames.weight", "final.out.weight", "final.out.bias"}
+    even = torch.ones(1, 5, 1, 4, 4)  # whatever its patch, a flat picture is the same sum
+    torch.testing.assert_close(
+        tall.embed_frames(patchify(even, (1, 4, 1)))[0, 0], given.embed_frames(patchify(even, (1, 2, 2)))[0, 0]
+    )
+
+
+def test_settings_that_no_shape_shows_are_named(source: Path) -> None:
+    other, state = like(source, heads=4, gelu="tanh")
+    other_vae = state | {"vae_fingerprint": "other", "diffusion": state["diffusion"] | {"shift": 3.0}}
+    rows = start_from(source, "dit", other, other_vae)
+    assert fates(rows, "differs") == {"model.heads", "model.gelu", "diffusion.shift", "vae_from"}
+    said = table(rows)
+    assert any("model.gelu: erf of the export, tanh here" in line for line in said)
+    assert f"of {len(rows) - 4} weights" in said[0]
+
+
+def test_weights_of_another_width_are_refused(source: Path) -> None:
+    """Even where vectors such as the bias of the last layer happen to fit."""
+    other, state = like(source, width=60, text=None)
+    with pytest.raises(UserError, match="fits this model"):
+        start_from(source, "dit", other, state)

@@ -88,6 +88,9 @@ def test_wan_in_and_out(tmp_path: Path, form: str) -> None:
         assert torch.equal(again.state_dict()[name], tensor), name
     assert call("import", f"weights_from={tmp_path / 'back'}", f"out={tmp_path / 'twice'}") == 0
     assert (tmp_path / "twice/model.safetensors").read_bytes() == (tmp_path / "ours/model.safetensors").read_bytes()
+    # an index of pieces would go on leading to them
+    over = call("export", f"run={tmp_path / 'ours'}", "layout=diffusers", f"out={inner}")
+    assert over == (2 if form == "shards" else 0)
 
 
 def test_training_goes_on_from_wan(tiny: Tiny, tmp_path: Path) -> None:
@@ -104,7 +107,8 @@ def test_training_goes_on_from_wan(tiny: Tiny, tmp_path: Path) -> None:
     words = ["train", "experiment=tiny", f"data.shards={tiny.shards}", f"vae_from={tiny.vae}", f"run.root={tmp_path}"]
     assert call(*words, *run, f"init_from={tmp_path / 'wan'}") == 0
     taken = json.loads((tmp_path / "tiny/init_from.json").read_text())
-    assert taken and {row["fate"] for row in taken} == {"taken"}
+    # Wan's times are shifted by 5, and its VAE is another; a run is told.
+    assert {row["name"] for row in taken if row["fate"] != "taken"} == {"diffusion.shift", "vae_from"}
     assert call("export", f"run={tmp_path / 'tiny'}", "layout=diffusers") == 0
     again = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "tiny/diffusers")
     moved = [
@@ -165,19 +169,36 @@ def test_a_file_of_the_paper(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     time = torch.tensor([0.999], dtype=torch.float64)
     assert torch.equal(ours(x, time, given), model(x, time, given))
 
+    # A checkpoint of the paper's training: averaged weights beside others, the optimizer's and plain arguments.
+    raw = {name: tensor + 1 for name, tensor in published.items()}
+    torch.save({"model": raw, "ema": published, "opt": {"step": 3}, "args": Namespace(lr=1e-4)}, tmp_path / "run.pt")
+    assert call("import", f"weights_from={tmp_path / 'run.pt'}", f"out={tmp_path / 'averaged'}") == 0
+    assert (tmp_path / "averaged/model.safetensors").read_bytes() == (tmp_path / "ours/model.safetensors").read_bytes()
+
+    torch.save({name: tensor.bfloat16() for name, tensor in published.items()}, tmp_path / "half.pt")
+    assert call("import", f"weights_from={tmp_path / 'half.pt'}", f"out={tmp_path / 'half'}") == 0
+
     capsys.readouterr()
+    kernel = "x_embedder.proj.weight"
     for name, saved, says in (
-        ("code.pt", {"model": published, "args": Namespace(a=1)}, "more or other than tensors"),
-        ("nested.pt", {"ema": published}, "save its `ema` alone"),
+        ("code.pt", published | {"a": Path("a")}, "pathlib"),
+        ("list.pt", [published], "holds a list"),
+        ("nested.pt", {"weights": published}, "state_dict() alone"),
         ("moved.pt", published | {"pos_embed": table + 0.1}, "sines and cosines"),
         ("other.pt", {"a": torch.zeros(1)}, "not those of the paper's DiT"),
+        ("flat.pt", {kernel: published[kernel].flatten(1)}, "other names or shapes"),
+        ("short.pt", published | {"blocks.0.mlp.fc2.bias": torch.zeros(3)}, "mlp.2.bias (our name) is [3]"),
     ):
         torch.save(saved, tmp_path / name)
         assert call("import", f"weights_from={tmp_path / name}", f"out={tmp_path / 'no'}") == 2
         error = capsys.readouterr().err
         assert says in error and name in error and error.count("\n") == 1
-    (tmp_path / "dit.pt").write_bytes(b"rubbish")
-    assert call("import", f"weights_from={tmp_path / 'dit.pt'}", f"out={tmp_path / 'no'}") == 2
+    assert call("import", f"weights_from={tmp_path / 'dit.pt'}", f"out={tmp_path / 'no'}", "heads=7") == 2
+    assert "heads of a DiT of width 384 is not 7; set heads" in capsys.readouterr().err
+    for rubbish in (b"rubbish", b""):
+        (tmp_path / "dit.pt").write_bytes(rubbish)
+        assert call("import", f"weights_from={tmp_path / 'dit.pt'}", f"out={tmp_path / 'no'}") == 2
+        assert "is damaged, or no .pt file" in capsys.readouterr().err
     assert call("import", f"weights_from={tmp_path / 'absent.pt'}", f"out={tmp_path / 'no'}") == 2
     assert not (tmp_path / "no").exists()
 
@@ -188,10 +209,18 @@ def test_what_cannot_be_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -
     for change, says in (
         ({"_class_name": "UNet"}, "cannot be imported"),
         ({"image_dim": 5}, "image_dim=5 is not supported"),
+        ({"num_layers": None}, "config.json: lacks 'num_layers'"),
+        ({"num_layers": 3}, "the weights lack blocks.2."),
+        ({"attention_head_dim": 0}, "config.json: is of no model"),
+        ({"patch_size": 2}, "config.json: is of no model"),
+        ({"ffn_dim": 48}, "and should be [48"),
+        ({"_class_name": "LatteTransformer3DModel"}, "config.json"),
     ):
-        (tmp_path / "wan/config.json").write_text(json.dumps(config | change))
+        changed = {key: value for key, value in (config | change).items() if value is not None}
+        (tmp_path / "wan/config.json").write_text(json.dumps(changed))
         assert call("import", f"weights_from={tmp_path / 'wan'}", f"out={tmp_path / 'no'}") == 2
-        assert says in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert says in error and error.count("\n") == 1
     (tmp_path / "wan/config.json").write_text(json.dumps(config))
     assert call("import", f"weights_from={tmp_path / 'wan'}", f"out={tmp_path / 'ours'}") == 0
     assert call("generate", f"model_from={tmp_path / 'ours'}", "prompts=[a]", f"out={tmp_path / 'clips'}") == 2

@@ -10,18 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data_runs import sora_data
 from PIL import Image
 
-from data_tools.cli import main
 from data_tools.report_frames import BOX
 from sora_lite.data.video import write_mp4
 
 TAG = "<img src=x onerror=alert(1)>.mp4"
 RED, BLUE, GREEN = (200, 60, 60), (60, 60, 200), (60, 160, 60)
-
-
-def sora_data(*words: object) -> int:
-    return main([str(word) for word in words])
 
 
 def shot(colour: tuple[int, int, int], frames: int, speed: int, seed: int) -> np.ndarray:

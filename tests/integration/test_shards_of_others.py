@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import stamped
 import webdataset
+from data_runs import sora_data
 from tiny_inputs import Tiny, call
 
-from data_tools.cli import main
 from sora_lite.data.buckets import Row
 from sora_lite.data.index import Index
 from sora_lite.data.loader import ClipLoader, ClipReader
@@ -21,10 +21,6 @@ from sora_lite.data.manifest import Manifest
 from sora_lite.evaluation.record import read_record
 
 Members = Iterable[tuple[str, bytes]]
-
-
-def sora_data(*words: object) -> int:
-    return main([str(word) for word in words])
 
 
 def write_tar(path: Path, members: Members) -> Path:

@@ -1,6 +1,8 @@
 """`sora-lite scaling` on a sweep that was trained by the same commands that the documentation gives."""
 
 import json
+import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -72,3 +74,12 @@ def test_runs_that_do_not_compare_are_refused(
     assert "let it finish" in capsys.readouterr().err
     assert call("scaling", f"runs={tmp_path}/none_*", f"out={tmp_path}") == 2
     assert "no run folder" in capsys.readouterr().err
+
+
+def test_a_run_that_diverged_is_named(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(sweep / "size_48", tmp_path / "size_48")
+    record = tmp_path / "size_48" / RECORD
+    lines = [line | {"val_loss": math.nan} if "val_loss" in line else line for line in read_record(record)]
+    record.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert call("scaling", f"runs={tmp_path}/size_*", f"out={tmp_path}") == 2
+    assert "size_48: has a validation loss" in (error := capsys.readouterr().err) and "leave it out" in error

@@ -36,3 +36,9 @@ def test_what_does_not_go_together_is_refused(wrong: dict, says: str) -> None:
 def test_conditions_of_different_models_are_not_joined() -> None:
     with pytest.raises(ValueError, match=r"\['labels'\] cannot be joined with \['pooled'\]"):
         Conditions(labels=torch.zeros(1)).cat(Conditions(pooled=torch.zeros(1, 2)))
+
+
+def test_features_are_not_padded_where_padding_would_be_read() -> None:
+    with pytest.raises(ValueError, match="need a text_mask"):
+        Conditions(text=torch.zeros(1, 2, 3)).cat(Conditions(text=torch.zeros(1, 4, 3)))
+    assert len(Conditions(text=torch.zeros(1, 2, 3)).cat(Conditions(text=torch.ones(1, 2, 3)))) == 2

@@ -130,6 +130,9 @@ def test_padding_of_features_changes_nothing(kind: str) -> None:
     changed = model(latent, time, replace(given, text=given.text + given.text_mask[..., None] * 0.5))
     difference = (changed - out).abs().flatten(1).amax(1)
     assert difference[0] > 1e-4 and difference[2] > 1e-4 and difference[1] < 1e-5
+    silent = replace(given, text_mask=torch.zeros_like(given.text_mask))
+    none = replace(given, text=given.text[:, :0], text_mask=given.text_mask[:, :0])
+    torch.testing.assert_close(model(latent, time, none), model(latent, time, silent), rtol=1e-5, atol=1e-5)
     if kind == "wan":
         with pytest.raises(ValueError, match="at most 5"):
             model(latent, time, more.cat(replace(more, text=torch.randn(3, 6, 10), text_mask=torch.ones(3, 6).bool())))

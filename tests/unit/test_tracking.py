@@ -1,6 +1,8 @@
 import json
+import resource
 from pathlib import Path
 
+import pytest
 import torch
 
 from sora_lite.config import LoggingConfig, WandbMode
@@ -30,6 +32,22 @@ def test_a_resumed_record_drops_what_comes_again(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / RECORD).read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert lines[-1]["loss"] == 0.5
+
+
+def test_lines_that_a_disk_does_not_take_come_when_it_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    tracker = track(tmp_path, 0)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, unlimited[1]))  # in the middle of a line
+        for step in range(1, 20):
+            tracker.log(step, {"loss": 1 / step})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert 0 < len(read_record(tmp_path / RECORD)) < 5
+    tracker.log(20, {"loss": 0.0})
+    tracker.finish()
+    assert [line["step"] for line in read_record(tmp_path / RECORD)] == list(range(1, 21))
+    assert capsys.readouterr().out.count("cannot be written (File too large)") == 1
 
 
 def test_wandb_is_offline_without_a_key(tmp_path: Path) -> None:

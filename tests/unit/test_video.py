@@ -4,7 +4,6 @@ import ctypes
 import io
 import itertools
 import math
-import struct
 import sys
 import time
 from fractions import Fraction
@@ -14,61 +13,22 @@ import av
 import numpy as np
 import pytest
 import stamped as stamps
-from odd_videos import audio_only
+from grey import FRAMES, SIDE, muxed, numbers, stamped, textured
 from PIL import Image
 
-from sora_lite.data import video
 from sora_lite.data.buckets import frames_at
 from sora_lite.data.video import (
+    GOP,
     BadVideo,
-    Box,
-    Limits,
-    cut_clips,
     decode_clip,
+    decoding,
     encode_mp4,
     probe,
     read_frames,
+    reader,
     write_mp4,
 )
 from sora_lite.errors import UserError
-
-FRAMES, SIDE = 20, 32
-
-
-def stamped(frames: int = FRAMES, height: int = SIDE, width: int = SIDE) -> np.ndarray:
-    """Frames of one grey each, 12 levels apart, so that a frame's number can be read back from its brightness."""
-    levels = (np.arange(frames, dtype=np.uint8) * 12)[:, None, None, None]
-    return np.ascontiguousarray(np.broadcast_to(levels, (frames, height, width, 3)))
-
-
-def numbers(clip: np.ndarray) -> list[int]:
-    return [round(float(frame.mean()) / 12) for frame in clip]
-
-
-def muxed(
-    frames: np.ndarray,
-    pts: list[int] | None = None,
-    *,
-    container: str = "mp4",
-    codec: str = "libx264",
-    rotation: int = 0,
-    movflags: str = "",
-) -> bytes:
-    """A file as others may write it."""
-    out = io.BytesIO()
-    with av.open(out, "w", format=container, options={"movflags": movflags} if movflags else {}) as muxer:
-        stream = muxer.add_stream(codec, rate=8)
-        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
-        stream.codec_context.time_base = Fraction(1, 8)
-        if rotation:
-            stream.set_display_rotation(rotation)
-        for i, rgb in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(rgb, format="rgb24")
-            frame.pts, frame.time_base = i if pts is None else pts[i], Fraction(1, 8)
-            muxer.mux(stream.encode(frame))
-        muxer.mux(stream.encode())
-    return out.getvalue()
-
 
 # ------------------------------------------------------------------------------------------------------ encoding
 
@@ -96,7 +56,7 @@ def test_written_files_have_closed_groups_constant_rate_and_colour_tags(tmp_path
         keys = [i for i, frame in enumerate(file.decode(video=0)) if frame.key_frame]
         context = file.streams.video[0].codec_context
         assert (context.colorspace, context.color_range) == (1, 1)
-    assert keys[0] == 0 and max(np.diff([*keys, 120])) <= video.GOP
+    assert keys[0] == 0 and max(np.diff([*keys, 120])) <= GOP
 
 
 def test_colours_come_back() -> None:
@@ -141,7 +101,7 @@ def test_frames_at_says_exactly_how_many_there_are(fps: float) -> None:
 
 
 def test_variable_rate_follows_the_times() -> None:
-    clip = muxed(stamped(6), pts=[0, 1, 5, 6, 7, 12])  # at 8 ticks a second
+    clip = muxed(stamped(6), times=[0, 1, 5, 6, 7, 12])  # at 8 ticks a second
     assert probe(clip).frames == 6
     assert numbers(decode_clip(clip, frames=13, fps=8)) == [0, 1, 1, 1, 1, 2, 3, 4, 4, 4, 4, 4, 5]
     assert numbers(decode_clip(clip, frames=6)) == [0, 1, 2, 3, 4, 5]
@@ -259,120 +219,12 @@ def test_drafts_are_near_the_real_thing() -> None:
     assert max(np.abs(draft[1].astype(int) - exact[1]).mean() for draft, exact in pairs) < 4
 
 
-# --------------------------------------------------------------------------------------------------- cutting clips
-
-
-def cut(data: bytes, picks: np.ndarray, size: tuple[int, int], **how: object) -> bytes:
-    """One clip of few losses."""
-    settings = {"fps": Fraction(25), "crf": 4, "preset": "ultrafast", **how}
-    (media,) = cut_clips(data, pts=probe(data).pts, clips=[picks], size=size, **settings)  # type: ignore[arg-type]
-    return media
-
-
-def patches(matrix: int, full: bool) -> bytes:
-    """Lossless yuv444p of four plain patches, coded by ITU-T H.273's matrix of that number, in a range."""
-    red, blue = {1: (0.2126, 0.0722), 6: (0.299, 0.114), 9: (0.2627, 0.0593)}[matrix]
-    rgb = np.array(COLOURS) / 255
-    luma = rgb @ [red, 1 - red - blue, blue]
-    planes = np.stack([luma, (rgb[:, 2] - luma) / (2 - 2 * blue), (rgb[:, 0] - luma) / (2 - 2 * red)])
-    low, steps = (0, (255, 255, 255)) if full else (16, (219, 224, 224))
-    coded = (planes * np.array(steps)[:, None] + np.array([low, 128, 128])[:, None]).round().clip(0, 255)
-    pictures = np.repeat(coded.astype(np.uint8), 32, axis=1)[:, None].repeat(64, axis=1)  # 3 H W
-    out = io.BytesIO()
-    with av.open(out, "w", format="matroska") as muxer:
-        stream = muxer.add_stream("ffv1", rate=25)
-        stream.height, stream.width, stream.pix_fmt = 64, 128, "yuv444p"
-        stream.codec_context.colorspace, stream.codec_context.color_range = matrix, 2 if full else 1
-        for _ in range(2):
-            muxer.mux(stream.encode(av.VideoFrame.from_ndarray(pictures, format="yuv444p")))
-        muxer.mux(stream.encode())
-    return out.getvalue()
-
-
-COLOURS = [(200, 30, 60), (20, 180, 90), (40, 60, 220), (235, 220, 30)]
-
-
-@pytest.mark.parametrize("full", [False, True])
-@pytest.mark.parametrize("matrix", [1, 6, 9])
-def test_clips_keep_their_colours_however_they_are_coded(matrix: int, full: bool) -> None:
-    data = patches(matrix, full)
-    ((_, read), *_) = read_frames(data)
-    for frame in (read, *decode_clip(cut(data, np.arange(2), (64, 128)), frames=2)):
-        shown = np.stack([frame[8:56, 32 * i + 8 : 32 * i + 24].mean(axis=(0, 1)) for i in range(4)])
-        assert np.abs(shown - COLOURS).max() < 4
-
-
-@pytest.mark.parametrize("rotation", [0, 90, 180, 270])
-def test_crops_are_taken_from_the_upright_picture(rotation: int) -> None:
-    name = f"rotated_{rotation}" if rotation else "h264_closed"
-    data, box = stamps.MAKERS[name](), Box(top=10, left=22, height=60, width=90)
-    pictures = [frame[10:70, 22:112] for _, frame in read_frames(data)][:4]
-    same = decode_clip(cut(data, np.arange(4), (60, 90), crop=box), frames=4)
-    assert np.abs(same.astype(int) - pictures).mean() < 2
-    halved = decode_clip(cut(data, np.arange(4), (30, 44), crop=box), frames=4)
-    wanted = [np.asarray(Image.fromarray(one).resize((44, 30), Image.Resampling.BICUBIC)) for one in pictures]
-    assert np.abs(halved.astype(int) - wanted).mean() < 2.5
-    with pytest.raises(BadVideo, match="outside"):
-        cut(data, np.arange(4), (60, 90), crop=Box(top=40, left=22, height=60, width=90))
-
-
-def test_a_side_that_is_only_odd_loses_its_last_row() -> None:
-    for name in ("odd_444", "odd_size"):
-        data = stamps.MAKERS[name]()
-        clip = decode_clip(cut(data, np.arange(3), (96, 130)), frames=3)
-        exact = np.stack([frame[:96, :130] for _, frame in read_frames(data)][:3])
-        assert np.abs(clip.astype(int) - exact).mean() < 2
-    image = io.BytesIO()
-    Image.fromarray(stamps.picture(9, 51, 33)).save(image, "png")
-    (trimmed,) = cut_clips(image.getvalue(), pts=np.zeros(1, np.int64), clips=[np.zeros(1, np.int64)], size=(50, 32),
-                           fps=Fraction(1), crf=0)  # fmt: skip
-    assert np.array_equal(decode_clip(trimmed, frames=1)[0], stamps.picture(9, 51, 33)[:50, :32])
-
-
-def test_clips_have_nothing_of_their_source_but_its_pictures() -> None:
-    """Not its kinds of frames, so that keyframes stand where the encoder puts them, nor its times and turns."""
-    for name in ("full_range", "rotated_90", "interlaced", "vfr_mp4"):
-        with av.open(io.BytesIO(cut(stamps.MAKERS[name](), np.arange(40), (64, 64), preset="fast", crf=20))) as file:
-            frames = list(file.decode(video=0))
-            context = file.streams.video[0].codec_context
-        assert [frame.pts for frame in frames] == [512 * i for i in range(40)] and frames[0].time_base * 512 * 25 == 1
-        assert sum(frame.key_frame for frame in frames) == 1, name
-        assert not any(frame.interlaced_frame or frame.rotation for frame in frames)
-        assert (context.colorspace, context.color_primaries, context.color_trc, context.color_range) == (1, 1, 1, 1)
-
-
-def test_the_bytes_of_clips_never_vary() -> None:
-    data, rng = stamps.MAKERS["h264_open"](), np.random.default_rng(0)
-    first = cut(data, np.arange(30), (66, 34), preset="medium", crf=18)
-    for _ in range(5):
-        junk = [np.full(int(n), 7, np.uint8) for n in rng.integers(100, 40_000, 20)]  # another state of the heap
-        del junk
-        assert cut(data, np.arange(30), (66, 34), preset="medium", crf=18) == first
-
-
-def test_long_gaps_between_clips_are_leapt(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = stamps.h264(pictures=stamps.pictures(240))
-    pts, decoded = probe(data).pts, []
-    check = video._Check.__call__
-    monkeypatch.setattr(video._Check, "__call__", lambda self, *frame: decoded.append(frame) or check(self, *frame))
-    clips = [np.arange(first, first + 3) for first in (5, 100, 200)]
-    found = list(cut_clips(data, pts=pts, clips=clips, size=(96, 128), fps=Fraction(25), crf=20))
-    assert [stamps.read_stamp(frame) for media in found for frame in decode_clip(media, frames=3)] == [
-        *clips[0],
-        *clips[1],
-        *clips[2],
-    ]
-    assert len(decoded) < 100
-    with pytest.raises(ValueError, match="asked for after"):
-        list(cut_clips(data, pts=pts, clips=clips[::-1], size=(96, 128), fps=Fraction(25), crf=20))
-
-
 # -------------------------------------------------------------------------------------------------------- decord
 
 
 @pytest.fixture
 def undecided(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(video, "_agreed", [])
+    monkeypatch.setattr(decoding, "_agreed", [])
 
 
 @pytest.mark.usefixtures("undecided")
@@ -397,8 +249,8 @@ def test_decord_is_not_used_if_it_decodes_something_else(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("decord")
-    clip, by_decord = encode_mp4(stamped(), 8, 10), video._decode_by_decord
-    monkeypatch.setattr(video, "_decode_by_decord", lambda *wanted: by_decord(*wanted)[::-1])
+    clip, by_decord = encode_mp4(stamped(), 8, 10), decoding._decode_by_decord
+    monkeypatch.setattr(decoding, "_decode_by_decord", lambda *wanted: by_decord(*wanted)[::-1])
     for _ in range(2):
         assert numbers(decode_clip(clip, frames=FRAMES, decoder="decord")) == list(range(FRAMES))
     assert capsys.readouterr().err.count("PyAV decodes instead") == 1
@@ -406,7 +258,7 @@ def test_decord_is_not_used_if_it_decodes_something_else(
 
 @pytest.mark.usefixtures("undecided")
 def test_decord_never_sees_files_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(video, "_decode_by_decord", lambda *wanted: pytest.fail("it did"))
+    monkeypatch.setattr(decoding, "_decode_by_decord", lambda *wanted: pytest.fail("it did"))
     assert numbers(decode_clip(muxed(stamped()), frames=FRAMES, decoder="decord")) == list(range(FRAMES))
 
 
@@ -424,8 +276,8 @@ def test_frames_that_nobody_wants_are_passed_over_and_the_others_are_exact(
     """Against a decoding of every frame, by number: floor(i * rate / fps)."""
     clip = encode_mp4(list(stamps.pictures(100)), rate, 18)
     whole = decode_clip(clip, frames=100)
-    decoded, check = [], video._Check.__call__
-    monkeypatch.setattr(video._Check, "__call__", lambda self, *frame: decoded.append(frame) or check(self, *frame))
+    decoded, check = [], reader.Check.__call__
+    monkeypatch.setattr(reader.Check, "__call__", lambda self, *frame: decoded.append(frame) or check(self, *frame))
     for start, stride in itertools.product(
         (0, 1, 46, 70), (Fraction(1), Fraction(2), Fraction(7, 2), Fraction(4), Fraction(9))
     ):
@@ -441,115 +293,12 @@ def test_frames_that_nobody_wants_are_passed_over_and_the_others_are_exact(
 
 def test_own_clips_are_entered_at_the_keyframe_before(monkeypatch: pytest.MonkeyPatch) -> None:
     clip = encode_mp4(list(stamps.pictures(120)), Fraction(24000, 1001), 18)
-    decoded, check = [], video._Check.__call__
-    monkeypatch.setattr(video._Check, "__call__", lambda self, *frame: decoded.append(frame) or check(self, *frame))
+    decoded, check = [], reader.Check.__call__
+    monkeypatch.setattr(reader.Check, "__call__", lambda self, *frame: decoded.append(frame) or check(self, *frame))
     for start in (1, 47, 48, 49, 95, 97, 118):
         decoded.clear()
         frames = decode_clip(clip, frames=2, start_frame_offset=start)
         assert [stamps.read_stamp(frame) for frame in frames] == [start, start + 1] and len(decoded) <= 49
-
-
-# --------------------------------------------------------------------------------------------------------- limits
-
-
-@pytest.mark.parametrize(
-    ("limits", "reason"),
-    [
-        ({"max_pixels": 1000}, "pixels, more than 1000"),
-        ({"max_frames": 19}, "frames, more than 19"),
-        ({"max_seconds": 2.0}, "seconds, more than 2"),
-        ({"max_streams": 0}, "1 streams, more than 0"),
-        ({"max_bytes": 500}, "bytes, more than 500"),
-    ],
-)
-def test_what_is_beyond_the_limits_is_refused_before_it_is_decoded(
-    limits: dict[str, int], reason: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = encode_mp4(stamped(), 8, 10)
-    monkeypatch.setattr(video._Check, "__call__", lambda *frame: pytest.fail("it was decoded"))
-    for call in (probe, lambda data, limits: list(read_frames(data, limits=limits))):
-        with pytest.raises(BadVideo, match=reason):
-            call(data, limits=Limits(**limits))
-
-
-def test_limits_hold_where_headers_name_nothing() -> None:
-    data = muxed(stamped(), container="matroska", movflags="")
-    with pytest.raises(BadVideo, match="more than 19 frames"):
-        probe(data, Limits(max_frames=19))
-    stream = stamps.MAKERS["mpeg2_ps"]()
-    with pytest.raises(BadVideo, match=r"longer than 1 seconds|seconds, more than 1"):
-        probe(stream, Limits(max_seconds=1))
-    for small in (stamps.MAKERS["mpeg2_ts"](), stamps.MAKERS["vp9"](), stamps.MAKERS["gif"]()):
-        with pytest.raises(BadVideo, match=r"pixels|cannot be decoded"):
-            probe(small, Limits(max_pixels=5000))
-    still = io.BytesIO()
-    Image.new("1", (20_000, 20_000)).save(still, "PNG")
-    with pytest.raises(BadVideo, match=r"pixels|bomb"):
-        probe(still.getvalue())
-
-
-def test_a_canvas_of_a_thousand_million_pixels_costs_nothing() -> None:
-    """A gif of 35 bytes, whose header is all that is large."""
-    gif = b"GIF89a" + (32768).to_bytes(2, "little") * 2 + b"\x80\0\0" + b"\0\0\0\xff\xff\xff"
-    gif += b"\x2c\0\0\0\0\1\0\1\0\0\x02\x02\x44\x01\0;"
-    start = time.process_time()
-    with pytest.raises(BadVideo, match="more than 64000000 pixels"):
-        probe(gif)
-    assert time.process_time() - start < 1
-
-
-# ------------------------------------------------------------------------------------------------------ bad input
-
-
-def textured() -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 255, (FRAMES, 64, 64, 3), dtype=np.uint8)
-
-
-@pytest.mark.parametrize(
-    ("make", "reason"),
-    [
-        (lambda: b"", "empty"),
-        (lambda: b"just some text, long enough to be looked at\n" * 20, "not a video"),
-        (lambda: b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n/etc/passwd\n#EXT-X-ENDLIST\n", "not a video"),
-        (lambda: b"ffconcat version 1.0\nfile /etc/passwd\n", "not a video"),
-        (lambda: b"Gentle text that begins as a transport stream does" * 20, "not a video"),
-        (audio_only, "no video stream"),
-        (lambda: muxed(textured())[:-800], "header"),  # the moov box stands last and is cut off
-        (lambda: encode_mp4(textured(), 8, 18)[:20_000], "cut off"),  # it stands first and promises more
-        (lambda: encode_mp4(textured(), 8, 18)[:100], "header"),
-        (lambda: b"\x89PNG\r\n\x1a\n" + bytes(100), "image"),
-    ],
-)
-def test_bad_files_are_refused_with_a_reason(make, reason: str, tmp_path: Path) -> None:
-    data = make()
-    (tmp_path / "bad.mp4").write_bytes(data)
-    with pytest.raises(BadVideo, match=reason):
-        probe(data)
-    with pytest.raises(BadVideo, match=reason):
-        list(read_frames(tmp_path / "bad.mp4"))
-    with pytest.raises(BadVideo):
-        decode_clip(data, frames=FRAMES)
-
-
-def test_no_second_file_is_opened_even_if_the_first_bytes_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_mp4(tmp_path / "secret.mp4", stamped(3), 8)
-    playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{tmp_path}/secret.mp4\n#EXT-X-ENDLIST\n"
-    monkeypatch.setattr(video, "sniff", lambda head: "hls")
-    with pytest.raises((BadVideo, PermissionError)):
-        probe(playlist.encode())
-
-
-def test_flipped_bytes_end_in_frames_or_in_a_reason() -> None:
-    good = encode_mp4(stamped(), 8, 10)
-    rng = np.random.default_rng(0)
-    for _ in range(60):
-        bad = bytearray(good)
-        bad[rng.integers(0, len(bad))] ^= 1 << int(rng.integers(0, 8))
-        try:
-            clip = decode_clip(bytes(bad), frames=FRAMES)
-        except BadVideo:
-            continue
-        assert clip.shape[0] == FRAMES and clip.dtype == np.uint8
 
 
 def test_small_clips_decode_fast() -> None:
@@ -578,12 +327,3 @@ def test_a_clip_that_was_decoded_leaves_no_memory_behind(wanted: dict[str, float
             for _ in range(calls):
                 decode_clip(data, frames=5, **wanted)
         assert mallinfo2().used - before < 100 * calls  # a packet alone has 104 bytes
-
-
-def test_a_few_bytes_that_fill_many_pixels_are_a_bomb() -> None:
-    """A GIF whose frames change one pixel of a huge canvas, all of which is decoded each time."""
-    head = b"GIF89a" + struct.pack("<HHBBB", 5000, 5000, 0x80, 0, 0) + bytes(3) + b"\xff\xff\xff"
-    frame = b"!\xf9\x04\x00\x0a\x00\x00\x00," + struct.pack("<HHHHB", 0, 0, 1, 1, 0) + b"\x02\x02\x44\x01\x00"
-    with pytest.raises(BadVideo, match="decompression bomb"):
-        probe(head + 200 * frame + b";")
-    assert probe(head + 3 * frame + b";").frames == 3

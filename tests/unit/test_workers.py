@@ -157,3 +157,18 @@ def test_no_worker_outlives_its_parent() -> None:
     while alive := [one for one in processes if psutil.pid_exists(one) and psutil.Process(one).status() != "zombie"]:
         assert time.monotonic() < until, f"{alive} live on"
         time.sleep(0.1)
+
+
+def test_no_worker_keeps_its_parent_from_exiting() -> None:
+    """Within a run, whose signals the workers inherit, and where an error holds on to whoever would end them."""
+    script = textwrap.dedent("""
+        import torch
+        from sora_lite.data.workers import Workers
+        from sora_lite.training.signals import StopFlag
+        answers = Workers(lambda n, allocate: torch.zeros(1000), 2, timeout=20).answers(range(1000))
+        with StopFlag():
+            next(answers)
+            raise RuntimeError("as ever")
+    """)
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=30)
+    assert ran.returncode == 1 and ran.stderr.endswith("RuntimeError: as ever\n")

@@ -1,0 +1,72 @@
+"""Parts of the transformers in their fast forms, against torch's own and plain ones."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import gradcheck
+
+from sora_lite.models.layers import modulate
+from sora_lite.models.rms_norm import RMSNorm, _RMSNorm
+
+
+def packed(**options) -> Tensor:
+    """Keys among queries and values: B N heads d, a part of B N 3 heads d. One is zero."""
+    qkv = torch.randn(2, 5, 3, 3, 8, generator=torch.Generator().manual_seed(0), **options)
+    qkv[0, 0, 1, 0] = 0
+    return qkv.unbind(2)[1]
+
+
+def results(norm: nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:
+    """Output, gradients of the input and of the gain."""
+    x = x.detach().requires_grad_()
+    norm.zero_grad()
+    y = norm(x)
+    y.backward(grad)
+    assert x.grad is not None and norm.weight.grad is not None
+    return [y.detach(), x.grad, norm.weight.grad]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_rms_norm_equals_torchs_own(dtype: torch.dtype, transposed: bool) -> None:
+    ours, torchs = RMSNorm(8, eps=1e-6, dtype=dtype), nn.RMSNorm(8, eps=1e-6, dtype=dtype)
+    nn.init.normal_(torchs.weight)
+    ours.load_state_dict(torchs.state_dict())
+    x, grad = packed(dtype=dtype), torch.randn(2, 3, 5, 8).transpose(1, 2).to(dtype)  # of attention
+    if transposed:
+        x, grad = x.transpose(1, 2), grad.transpose(1, 2)
+    before = grad.clone()
+    for one, other in zip(results(ours, x, grad), results(torchs, x, grad), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+        assert one.dtype == dtype
+    assert torch.equal(grad, before)
+
+
+def test_rms_norms_derivatives() -> None:
+    x, gain = packed(dtype=torch.float64).requires_grad_(), torch.randn(8, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(_RMSNorm.apply, (x, gain, 1e-6))
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+def test_rms_norm_of_mixed_precision_is_torchs() -> None:
+    """As under bf16 with gains kept in fp32."""
+    ours, torchs = RMSNorm(8, eps=1e-6), nn.RMSNorm(8, eps=1e-6)
+    x = packed(dtype=torch.bfloat16)
+    assert torch.equal(ours(x), torchs(x)) and ours(x).dtype == torchs(x).dtype
+    assert ours.to("meta")(x.to("meta")).dtype == torchs(x).dtype
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_modulation_has_a_shift_and_a_scale_for_each_sample(batch: int) -> None:
+    torch.manual_seed(0)
+    norm = nn.LayerNorm(8, eps=1e-6, elementwise_affine=False)
+    inputs = [torch.randn(batch, 5, 8), torch.randn(batch, 8), torch.randn(batch, 8)]
+    x, shift, scale = (one.requires_grad_() for one in inputs)
+    y = modulate(norm, x, shift, scale)
+    centred = x - x.mean(-1, keepdim=True)
+    normal = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    expected = normal * (1 + scale[:, None]) + shift[:, None]
+    torch.testing.assert_close(y, expected)
+    grad = torch.randn(batch, 5, 8)
+    found, sought = (torch.autograd.grad(out, (x, shift, scale), grad) for out in (y, expected))
+    torch.testing.assert_close(found, sought, rtol=1e-4, atol=1e-5)

@@ -28,6 +28,7 @@ from sora_lite.training.objective import Objective
 from sora_lite.training.objective_dit import DiTObjective
 from sora_lite.training.objective_vae import VAEObjective
 from sora_lite.training.rank_log import rank_log
+from sora_lite.training.signals import nothing_to_save
 from sora_lite.training.trainer import Trainer
 
 
@@ -38,7 +39,8 @@ def main(config: TrainConfig | TrainVAEConfig) -> None:
         torch.use_deterministic_algorithms(True)
     rank = init_rank(threads=config.parallel.threads)
     try:
-        _train(config, rank)
+        with nothing_to_save():
+            _train(config, rank)
     except Exception as error:
         if rank.world_size == 1:
             raise
@@ -108,6 +110,8 @@ def train(config: TrainConfig | TrainVAEConfig, rank: Rank) -> None:
             elif config.init_from is not None:
                 print(f"init_from: not looked at, since {trainer.folder} goes on from its checkpoint")
             print("\n".join([*describe(config, trainer.loader), *missing_conditions(config, trainer.loader.index)]))
+            if trainer.validation.count == 0 and config.run.validation_samples > 0:
+                print("no clip that is long enough is held out, so there is no val_loss, and there are no samples")
         trainer.run()
 
 

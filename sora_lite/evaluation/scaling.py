@@ -61,7 +61,7 @@ def fit(flops: np.ndarray, losses: np.ndarray, *, floor: bool) -> PowerLaw:
         return np.log(part * losses.min() + np.exp(scale - exponent * x)) - y
 
     best = None
-    for part in (0.1, 0.5, 0.9) if floor else (0.0,):
+    for part in (0.001, 0.1, 0.5, 0.9) if floor else (0.0,):
         slope, level = np.polyfit(x, np.log(losses - 0.999 * part * losses.min()), 1)
         start, bounds = [level, -slope], [(-np.inf, np.inf), (-np.inf, np.inf)]
         if floor:  # as a part of the lowest loss that was seen
@@ -79,8 +79,8 @@ def fit(flops: np.ndarray, losses: np.ndarray, *, floor: bool) -> PowerLaw:
 class Fit:
     """A law and how well it holds.
 
-    exponent_error: jackknife standard error; it knows nothing of the choice of the law's form. left_out: relative
-    error of the prediction of a run by the law of the others, root mean square over the runs.
+    exponent_error: jackknife standard error. left_out: relative error of the prediction of a run by the law of the
+    others, root mean square over the runs.
     """
 
     law: PowerLaw
@@ -102,12 +102,8 @@ def assess(flops: np.ndarray, losses: np.ndarray, *, floor: bool) -> Fit:
 
 
 def choose(flops: np.ndarray, losses: np.ndarray) -> Fit:
-    """A fit with an irreducible loss where the runs support one: where left-out runs are predicted better with it."""
-    straight = assess(flops, losses, floor=False)
-    if len(flops) < RUNS_FOR_A_FLOOR:
-        return straight
-    bent = assess(flops, losses, floor=True)
-    return bent if bent.left_out < straight.left_out else straight
+    """A fit with an irreducible loss where there are runs enough for one; where they show none it comes out as 0."""
+    return assess(flops, losses, floor=len(flops) >= RUNS_FOR_A_FLOOR)
 
 
 def frontier(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:

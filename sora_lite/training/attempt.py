@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,20 @@ def describe_attempt(*, step: int, world_size: int) -> dict[str, Any]:
         "code": code_version(),
         "git": _git("rev-parse", "HEAD"),
         "git_changes": _git("status", "--porcelain"),
-        "packages": dict(sorted((one.name, one.version) for one in importlib.metadata.distributions())),
+        "packages": dict(sorted(_packages())),
     }
 
 
 def event_line(event: dict[str, Any]) -> str:
     """A line of RUN/events.jsonl."""
     return json.dumps({"time": time.time(), **event})
+
+
+def _packages() -> Iterator[tuple[str, str]]:
+    """Name and version of every package; what a broken installation has left behind has none."""
+    for one in importlib.metadata.distributions():
+        if one.metadata["Name"]:
+            yield one.name, one.version
 
 
 def _git(*arguments: str) -> str | None:

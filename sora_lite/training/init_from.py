@@ -4,8 +4,9 @@ Resuming is another thing: a run that has a checkpoint goes on from it and does 
 """
 
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ from sora_lite.generation.export import Contract, read_weights
 RECORD = "init_from.json"
 """In the run folder: the table of what became of each weight."""
 
-_STARTS_AT_ZERO = ("embed_label.", "embed_frames.", "pool_text.weight", "pool_text.bias", "pool_text.2.")
+_ADDED = r"embed_label\.|embed_frames\.|pool_text\.(2\.)?(weight|bias)$"
 """Parts that add to others: of each the last layer, since behind two layers of zeros nothing would ever be learned.
 Where they are new they start at zero, so that the model goes on as it was."""
+_ADDED_BY_BLOCKS = r"|blocks\.\d+\.(video\.|text\.)?(attention\.out|mlp\.2)\."
+"""The same of blocks whose gates are open from the start, since their modulation is that of all blocks. Blocks with a
+modulation of their own start with closed gates."""
 
 _MEANING = {
     "model": ("heads", "positions", "rope_theta", "attention", "gelu", "time_frequencies", "text_tokens", "pad_text"),
@@ -53,6 +57,7 @@ def start_from(folder: Path, kind: str, module: nn.Module, state: Mapping[str, A
         UserError: there is no such export, it is damaged, or nothing of it fits.
     """
     weights, contract = read_weights(folder, kind)
+    at_zero = _ADDED + (_ADDED_BY_BLOCKS if "modulation.linear.weight" in weights else "")
     old = new = None
     if state is not None:
         old, new = tuple(contract.architecture["patch"]), tuple(state["model"]["patch"])
@@ -60,6 +65,9 @@ def start_from(folder: Path, kind: str, module: nn.Module, state: Mapping[str, A
     with torch.no_grad():
         for name, ours in tensors.items():
             rows.append(_take(name, ours, weights.pop(name, None), old, new))
+            if rows[-1].fate == "new" and re.match(at_zero, name):
+                ours.zero_()
+                rows[-1] = replace(rows[-1], why=f"{rows[-1].why}; starts at zero")
     # Vectors alone fit by chance, such as the bias of the last layer.
     if not any(row.fate == "taken" and tensors[row.name].ndim > 1 for row in rows):
         raise UserError(f"init_from: nothing in {folder} fits this model; give one of the same width")
@@ -110,9 +118,6 @@ def _take(
             ours.copy_(resized)
             return Row(name=name, fate="resized", why=f"patch {list(old)} to {list(new)}")
     why = "the export has none" if theirs is None else f"shape {list(ours.shape)}, not {list(theirs.shape)}"
-    if name.startswith(_STARTS_AT_ZERO):
-        ours.zero_()
-        return Row(name=name, fate="new", why=f"{why}; starts at zero")
     return Row(name=name, fate="new", why=why)
 
 

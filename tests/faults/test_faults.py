@@ -15,6 +15,7 @@ from real_runs import Ranks
 from tiny_inputs import Tiny
 
 from sora_lite.evaluation.record import RECORD, read_record
+from sora_lite.training.attempt import describe_attempt
 from sora_lite.training.lease import Lease
 
 pytestmark = pytest.mark.dist
@@ -206,6 +207,28 @@ def test_a_rank_that_hangs(tmp_path: Path, tiny: Tiny, how: str) -> None:
         assert f"process {ranks.pid(1)}) STOPPED" in ranks.log
 
 
+def slow_start(rank: int) -> None:
+    from sora_lite.training.trainer import Trainer
+
+    resume = Trainer.resume
+
+    def slow(self: Trainer, lease: Any) -> None:
+        resume(self, lease)
+        (self.folder / "resumed").touch()
+        time.sleep(60)
+
+    Trainer.resume = slow  # type: ignore[method-assign]
+
+
+def test_a_signal_before_training_asks_to_be_started_again(tmp_path: Path, tiny: Tiny) -> None:
+    ranks = Ranks(tmp_path / "ranks", 2, settings(tiny, tmp_path), slow_start).wait_for(tmp_path / "run/resumed")
+    time.sleep(0.5)  # for the other rank
+    ranks.signal(0, signal.SIGUSR2).signal(1, signal.SIGUSR2)
+    assert ranks.end(20) == [75, 75], ranks.log
+    assert '"ended"' in (tmp_path / "run/attempts/000001.json").read_text()
+    assert "asked to stop by SIGUSR2, with nothing to save; the same command goes on" in ranks.log
+
+
 def slow_validation(rank: int) -> None:
     from sora_lite.models.dit import VideoDiT
 
@@ -235,7 +258,10 @@ def test_an_error_of_one_rank_ends_all_and_stands_first(tmp_path: Path, tiny: Ti
     assert all("Traceback (most recent call last)" in log for log in logs)
 
 
-def test_what_a_run_keeps_of_its_attempts(tmp_path: Path, tiny: Tiny) -> None:
+def test_what_a_run_keeps_of_its_attempts(tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "packages/broken-1.0.dist-info").mkdir(parents=True)  # as an installation that was cut off leaves it
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    assert describe_attempt(step=0, world_size=1)["packages"]["torch"]
     for steps in (2, 4):
         assert Ranks(tmp_path / "ranks", 1, settings(tiny, tmp_path, f"run.steps={steps}")).end() == [0]
     first, second = (json.loads(path.read_text()) for path in sorted((tmp_path / "run/attempts").glob("*.json")))

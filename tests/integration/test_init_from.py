@@ -95,6 +95,22 @@ def test_new_pooled_text_changes_nothing_at_first_and_is_learned(source: Path) -
     assert more.pool_text is not None and more.pool_text[2].weight.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("modulation", ["per_block", "shared"])
+def test_new_blocks_change_nothing_at_first_and_are_learned(source: Path, tmp_path: Path, modulation: str) -> None:
+    short, state = like(source, modulation=modulation)
+    for parameter in short.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    contract = replace(read_contract(source, "dit")[1], architecture=state["model"])
+    export.write(tmp_path, contract, short.state_dict())
+    deep, state = like(source, modulation=modulation, depth=3)
+    new = fates(start_from(tmp_path, "dit", deep, state), "new")
+    assert new and all(name.startswith("blocks.2.") for name in new)
+    out = deep(LATENT, TIME, ASKED)
+    assert torch.equal(out, short(LATENT, TIME, ASKED))
+    out.square().sum().backward()
+    assert any(parameter.grad.abs().max() > 0 for parameter in deep.blocks[2].parameters())
+
+
 def test_patches_are_resized(source: Path, old: VideoDiT) -> None:
     wide, state = like(source, patch=[1, 4, 4])
     assert fates(start_from(source, "dit", wide, state), "resized") == {

@@ -31,8 +31,8 @@ class ParallelConfig:
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of storing its activations."""
     compile: bool = False
-    """Run each block through torch.compile: faster, after some seconds at the start and at the first clips of a new
-    size. Needs a C++ compiler."""
+    """Run each block through torch.compile: faster, after some seconds at the start, at the first clips of a second
+    size, which serve all others, and at the first single sample. Needs a C++ compiler."""
     precision: Precision = Precision.fp32
     """bf16 needs ZeRO 1 to 3."""
     offload: Offload = Offload.none

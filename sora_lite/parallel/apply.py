@@ -54,7 +54,7 @@ def apply_compile(model: nn.Module) -> None:
     config.recompile_limit = VARIANTS
     for block in blocks_of(model):
         # fullgraph: a part that cannot be compiled is an error here, and not a block that is slow without a word.
-        block.forward = torch.compile(block.forward, fullgraph=True)
+        block.forward = _unviewed(torch.compile(block.forward, fullgraph=True))
 
 
 def apply_activation_checkpointing(model: nn.Module) -> None:
@@ -80,6 +80,20 @@ def blocks_of(model: nn.Module) -> nn.ModuleList | list[nn.Module]:
     if not isinstance(blocks, nn.ModuleList | list):
         raise TypeError(f"{type(model).__name__} has no list `blocks` to treat one by one")
     return blocks
+
+
+def _unviewed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` of a block on a first argument that is no view of another tensor.
+
+    A linear layer returns a view, which the first block would be compiled for once more, apart from the blocks that
+    get what another block returns.
+    """
+
+    @functools.wraps(forward)
+    def wrapped(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return forward(x.clone() if x._is_view() else x, *args, **kwargs)
+
+    return wrapped
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -16,10 +16,13 @@ from dist_ranks import run_ranks
 from saving_ranks import save
 from test_bad_numbers import check_spoilt, spoil_gradients
 
+from sora_lite.config import Offload, ParallelConfig
 from sora_lite.errors import UserError
+from sora_lite.parallel.apply import apply_parallel
 from sora_lite.parallel.env import Rank
 from sora_lite.training import restore, store
 from sora_lite.training.ema import EMA
+from sora_lite.training.engine import Engine
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -121,6 +124,26 @@ def test_it_trains_as_plain_torch_does(extensions: Path, tmp_path: Path, world: 
         if exact:
             state = {name: torch.tensor(values) for name, values in here["state"].items()}
             assert dm.difference(state, dm.trained_state(model)) < 1e-5, layout
+
+
+def train_compiled(rank: Rank, folder: str) -> list[list[float]]:
+    """Losses at ZeRO 1, 2 and 3."""
+    os.environ["TORCH_EXTENSIONS_DIR"] = folder
+    found = []
+    for stage in (1, 2, 3):
+        parallel = ParallelConfig(zero_stage=stage, offload=Offload.cpu, compile=True)
+        model = dm.make_model()
+        apply_parallel(model, parallel)
+        engine = Engine(model, optim=dm.OPTIM, parallel=parallel, rank=rank, global_batch=dm.BATCH)
+        found.append([dm.train_step(engine, step)[0] for step in range(dm.STEPS)])
+        engine.destroy()
+    return found
+
+
+def test_compiled_blocks_train_the_same_with_it(extensions: Path, tmp_path: Path) -> None:
+    losses = dm.train_plainly()[0]
+    for found in run_ranks(1, train_compiled, tmp_path, str(extensions), timeout=600)[0]:
+        assert found == pytest.approx(losses, rel=1e-5, abs=1e-5)
 
 
 def spoil(rank: Rank, folder: str) -> list[list]:

@@ -21,17 +21,18 @@ from sora_lite.training.checkpoint import Saver
 from sora_lite.training.ema import EMA
 from sora_lite.training.engine import Engine
 
-WIDTH, DEPTH, ROUNDS, STALLS = 2048, 8, 5, 15
+WIDTH, DEPTH, ROUNDS, STALLS = 2048, 8, 9, 15
 
 
 def write_raw(path: Path, data: np.ndarray) -> None:
-    """The plain way: one write of everything, and one fsync."""
-    path.unlink(missing_ok=True)
-    with path.open("wb", buffering=0) as file:
+    """The plain way: one write of everything, and one fsync. As with checkpoints, the file before it goes only then."""
+    new = path.with_suffix(".new")
+    with new.open("wb", buffering=0) as file:
         view = memoryview(data)
         while view:
             view = view[file.write(view) :]
         os.fsync(file.fileno())
+    new.replace(path)
 
 
 def read_raw(path: Path) -> None:

@@ -99,6 +99,7 @@ class EncodeConfig(WorkConfig):
         ]
         for i, row in enumerate(self.buckets):
             wrong = len(row.resolution) != 2 or min(row.resolution) < 1 or row.frames < 1 or not 0 < row.keep <= 1
+            rules.append((row.fps is None or row.fps > 0, f"buckets[{i}].fps", f"must be above 0, not {row.fps}"))
             rules.append((not wrong, f"buckets[{i}]", "needs resolution: [H, W], frames: T and a keep in (0, 1]"))
         for holds, key, rule in rules:
             if not holds:
@@ -158,11 +159,19 @@ def encode(folder: Path, out: Path, config: EncodeConfig) -> None:
         manifest.root = None if clips.root is None else "."
         manifest.counts = _count(made, "clips_in_no_bucket" if config.content == "latents" else "clips_without_caption")
         manifest.shards = [ShardEntry(bytes=row["bytes"], samples=row["samples"], **row["entry"]) for row in made]
+        if manifest.counts["clips_encoded"] == 0:
+            raise UserError(
+                f"{folder}: nothing to encode: {_told(manifest)}; ask for other buckets, or of other clips."
+            )
         manifest.save(out)
     for row in made:
         for reason in row["damaged"]:
             print(printable(f"left out, as damaged: {row['entry']['path']}: {reason}"))
-    print(f"{out}: " + ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in manifest.counts.items()))
+    print(f"{out}: {_told(manifest)}")
+
+
+def _told(manifest: Manifest) -> str:
+    return ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in manifest.counts.items())
 
 
 def latent_encoding(config: EncodeConfig) -> dict[str, Any]:

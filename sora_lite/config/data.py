@@ -19,8 +19,8 @@ class BatchBy(Enum):
 
 class Decoder(Enum):
     """Library that decodes clips for training. `decord` (a package of its own) is used for mp4 clips that `sora-data`
-    wrote, after a comparison with PyAV on the first of them. It takes a tenth less time for whole clips, a tenth
-    to a fifth more for parts of them, and its colours are coarser: see `python -m benchmarks decoding`."""
+    wrote, after a comparison with PyAV on the first of them. It takes as long for whole clips, a tenth more where
+    a rate passes frames over, and its colours are coarser: see `python -m benchmarks loading`."""
 
     pyav = "pyav"
     decord = "decord"

@@ -12,7 +12,6 @@ several processes may make it at once, and all of it may be deleted when no run 
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -41,7 +40,7 @@ from sora_lite.data.index import (
     require_content,
 )
 from sora_lite.data.manifest import MANIFEST, Manifest, to_json
-from sora_lite.data.remote import Location, Url
+from sora_lite.data.remote import CANNOT_WRITE, Location, Url
 from sora_lite.data.shard_cache import ShardCache, default_cache
 from sora_lite.errors import UserError
 
@@ -306,7 +305,7 @@ def build(folder: Path, fill: Callable[[Path], None]) -> None:
                 raise
         flush_folder(folder.parent)
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in CANNOT_WRITE:
             raise
         raise UserError(
             f"data.cache: {folder} cannot be written ({os.strerror(error.errno)}); "

@@ -4,6 +4,7 @@ Reading a URL is tried again with growing pauses when a server fails, falls sile
 it should. Every such try is counted; if they do not end, UserError stops the run: this is never a bad sample.
 """
 
+import errno
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,17 @@ from sora_lite.data import web
 from sora_lite.data.web import Busy
 from sora_lite.errors import UserError
 
+CANNOT_WRITE = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.ENOENT,
+)
+"""What a folder that a user names for a cache may answer: no rights, no room, a file in its place, no such disk."""
 PART = 8 << 20
 """Bytes that a file system is asked for at a time."""
 

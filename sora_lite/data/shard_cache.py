@@ -9,7 +9,6 @@ All marks of what is in use are locks on these files (flock), so they end with t
 ended. A reader holds a shared lock on its shard, and only what nobody holds is deleted, least recently opened first.
 """
 
-import errno
 import fcntl
 import hashlib
 import os
@@ -20,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from sora_lite.data.remote import PATIENCE, Patience, ReadCounts, Url, WrongBytes, fetch
+from sora_lite.data.remote import CANNOT_WRITE, PATIENCE, Patience, ReadCounts, Url, WrongBytes, fetch
 from sora_lite.data.shards import DamagedSample, ShardReader
 from sora_lite.data.web import Busy
 from sora_lite.errors import UserError
@@ -175,7 +174,7 @@ class ShardCache:
         try:
             yield
         except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR):
+            if error.errno not in CANNOT_WRITE:
                 raise
             raise UserError(
                 f"data.shard_cache: {self.folder} cannot be written ({os.strerror(error.errno)}); "

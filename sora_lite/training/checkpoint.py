@@ -280,6 +280,10 @@ class Saver:
         if self._flight is not None:
             self._advance(0.0)
 
+    def settle(self) -> None:
+        """Wait until nothing is under way. Raises as `border` does, where a checkpoint that fails ends training."""
+        self._land()
+
     def finish(self) -> None:
         """Wait until the last checkpoint is safe.
 

@@ -269,7 +269,7 @@ class Trainer:
         finite = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
         if guard.spikes is not SpikeAction.rollback or not finite:
             return False
-        self._finish_saving()
+        self.saver.settle()
         if self.saver.newest is None:
             return False
         self._roll_back(step + self.jump)

@@ -261,6 +261,10 @@ def test_encoding_refuses_what_does_not_fit(
     assert "holds latents, which cannot be encoded" in capsys.readouterr().err
     assert encode(tiny.shards, tmp_path / "out", tiny.vae, "buckets=[{resolution: [30, 32], frames: 17}]") == 2
     assert "buckets[0]: a clip of 17 frames, 30x32 does not fit" in capsys.readouterr().err
+    assert encode(tiny.shards, tmp_path / "out", tiny.vae, "buckets=[{resolution: [32, 32], frames: 17, fps: -8}]") == 2
+    assert "buckets[0].fps: must be above 0" in capsys.readouterr().err
+    assert encode(tiny.shards, tmp_path / "out", tiny.vae, "buckets=[{resolution: [32, 32], frames: 33}]") == 2
+    assert "nothing to encode: 0 clips encoded, 48 clips in no bucket" in capsys.readouterr().err
     assert encode(tiny.shards, tmp_path / "out", tiny.vae, "device=abacus") == 2
     assert "device=abacus" in capsys.readouterr().err
     assert not (tmp_path / "out" / MANIFEST).exists()

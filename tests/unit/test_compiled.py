@@ -153,6 +153,10 @@ def test_a_cache_that_cannot_be_written_or_read(folders: list[Path], monkeypatch
         with pytest.raises(UserError, match=r"data\.cache: .*index-.*No space left.*name a folder") as caught:
             open_index(folders, "train")
     assert len(str(caught.value).splitlines()) == 1 and not list((folders[0] / ".cache").iterdir())
+    (folders[0] / "file").touch()
+    for cache in (folders[0] / "file", folders[0] / "file/below", Path("/proc/nowhere")):
+        with pytest.raises(UserError, match=r"data\.cache: .*name a folder"):
+            open_index(folders, "train", cache=cache)
     mapped = open_index(folders, "train")
     (mapped.folder / "frames.npy").write_bytes((mapped.folder / "frames.npy").read_bytes()[:-4])
     with pytest.raises(UserError, match=r"frames\.npy: cannot be read.*delete the folder .*index-"):

@@ -144,8 +144,7 @@ class TimestepEmbedding(nn.Module):
 def modulate(norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """norm(x) * (1 + scale) + shift, one shift and scale per sample. norm: without gain and bias; x: B N D; shift,
     scale: B D."""
-    if (
-        len(x) == 1
-    ):  # then they are a layer norm's gain and bias: one pass over memory, where the plain form takes three
+    # Of a single sample they are a layer norm's gain and bias: one pass over memory, where the plain form takes three.
+    if len(x) == 1:
         return F.layer_norm(x, norm.normalized_shape, 1 + scale[0], shift[0], norm.eps)
     return torch.addcmul(shift.unsqueeze(1), norm(x), 1 + scale.unsqueeze(1))

@@ -122,6 +122,9 @@ def _call(verb: str, words: list[str], rest: list[str]) -> None:
         case "encode":
             from data_tools.encode import encode
 
+            for word in words:
+                if "://" in word:
+                    raise UserError(f"{word}: encode reads and writes local folders; copy it to a disk first")
             encode(Path(words[0]), last, settings)
         case "index":
             from data_tools.index_tars import index

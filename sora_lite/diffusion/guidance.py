@@ -51,7 +51,8 @@ def guided(
         told, rest = conditional[:, :count], conditional[:, count:]
         mixed = unconditional[:, :count] + scale * (told - unconditional[:, :count])
         if rescale:
-            ratio = (_deviation(told) / _deviation(mixed)).view(-1, *[1] * (x.ndim - 1))
+            smallest = torch.finfo(mixed.dtype).tiny  # where a model that has learned nothing predicts zeros
+            ratio = (_deviation(told) / _deviation(mixed).clamp_min(smallest)).view(-1, *[1] * (x.ndim - 1))
             mixed = mixed * (rescale * ratio + 1 - rescale)
         return torch.cat([mixed, rest], dim=1) if rest.shape[1] else mixed
 

@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -25,6 +25,7 @@ from sora_lite.errors import UserError
 from sora_lite.models.dit import VideoDiT
 from sora_lite.models.vae import CausalVAE
 
+Model = TypeVar("Model", CausalVAE, VideoDiT)
 FORMAT = 1
 _WEIGHTS, _CONTRACT, _VAE = "model.safetensors", "export.json", "vae"
 ADAPTER = "adapter"
@@ -103,7 +104,7 @@ def read_contract(folder: Path, kind: str) -> tuple[Path, Contract]:
 def load_vae(folder: Path) -> tuple[CausalVAE, Contract]:
     """The VAE of an export or run folder, frozen, in eval mode, on the CPU."""
     folder, contract = read_contract(folder, "vae")
-    vae = CausalVAE(**contract.architecture)
+    vae = _built(CausalVAE, folder, contract)
     _load(vae, folder, contract)
     if vae.fingerprint() != contract.vae_fingerprint:
         raise UserError(f"{folder}: the weights are not those that the contract names; export the run again")
@@ -136,9 +137,16 @@ def load_transformer(folder: Path) -> tuple[VideoDiT, Contract]:
     """The DiT of an export or run folder without its VAE, frozen, in eval mode, on the CPU."""
     folder, contract = read_contract(folder, "dit")
     with torch.device("meta"):
-        dit = VideoDiT(**contract.architecture)
+        dit = _built(VideoDiT, folder, contract)
     _load(dit.to_empty(device="cpu"), folder, contract)
     return dit, contract
+
+
+def _built(kind: type[Model], folder: Path, contract: Contract) -> Model:
+    try:
+        return kind(**contract.architecture)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{folder / _CONTRACT}: architecture: {error}; export the run again") from error
 
 
 def _load(module: nn.Module, folder: Path, contract: Contract) -> None:

@@ -397,7 +397,9 @@ class Trainer:
         self.finished = state["extra"]["finished"]
         guard = state["extra"]["guard"]
         self.guard.load_state(guard["updates"])
-        self.left_out, self.rollbacks, self.jump = guard["left_out"], guard["rollbacks"], guard["jump"]
+        self.left_out, self.rollbacks = guard["left_out"], guard["rollbacks"]
+        # In an order that begins here nothing was passed over.
+        self.jump = guard["jump"] if state["step"] > self.facts.data.first_step else 0
         self.account.flops = state["extra"]["flops"]
         self._say(f"{self.folder}: goes on from step {state['step']}")
         return int(state["step"])

@@ -176,6 +176,12 @@ def test_a_spike(tmp_path: Path, tiny: Tiny, action: str) -> None:
         assert "rolled back to step 4; goes on with the data of step 7" in ranks.log
         state = json.loads((tmp_path / "run/checkpoints/step_00000012/state.json").read_text())["extra"]["guard"]
         assert (state["rollbacks"], state["jump"]) == (1, 3)
+        # Another order begins at its own first samples, though the one before it had passed some over.
+        change = ["data.buckets=[{resolution: [32, 32], frames: 13, batch: 24}]", "run.accept=[data.buckets]"]
+        ranks = Ranks(tmp_path / "changed", 2, settings(tiny, tmp_path, *guard, *change, f"run.steps={STEPS + 1}"))
+        assert ranks.end() == [0, 0], ranks.log
+        last = json.loads((tmp_path / f"run/checkpoints/step_{STEPS + 1:08d}/state.json").read_text())["extra"]["guard"]
+        assert (last["rollbacks"], last["jump"]) == (1, 0)
 
 
 @pytest.mark.parametrize("what", ["weights", "VAE"])

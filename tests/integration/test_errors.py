@@ -1,5 +1,6 @@
 """What a user gets for a mistake: one line that says the cure and exit status 2, never a traceback."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -231,6 +232,13 @@ class TestExport:
         (runs / "tiny/export/export.json").write_text("{")
         line = self.generate(refused, runs)
         assert "is no contract of an export" in line and "export the run again" in line
+
+    def test_contract_of_another_architecture(self, runs: Path, refused: Refused) -> None:
+        path = runs / "tiny/export/export.json"
+        contract = json.loads(path.read_text())
+        path.write_text(json.dumps({**contract, "architecture": {**contract["architecture"], "widht": 8}}))
+        line = self.generate(refused, runs)
+        assert f"{path}: architecture: " in line and "widht" in line and "export the run again" in line
 
     def test_contract_of_the_wrong_kind(self, tiny: Tiny, trained: Path, refused: Refused) -> None:
         line = refused("generate", f"model_from={tiny.vae}", "labels=[1]")

@@ -2,6 +2,7 @@
 
 import pytest
 
+from data_tools.cli import main
 from data_tools.compose import parse
 from data_tools.config import BucketsConfig, DataConfig, IndexConfig
 from data_tools.encode import EncodeConfig
@@ -39,3 +40,8 @@ def test_a_mistyped_key_names_the_nearest(schema: type) -> None:
     key = {DataConfig: "pack.crf", IndexConfig: "source_field", BucketsConfig: "multiple"}[schema]
     with pytest.raises(UserError, match=f"nearest is {key}"):
         parse(schema, [f"{key}x=1"])
+
+
+def test_encode_says_that_it_reads_folders(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["encode", "https://host/shards", "out", "text_from=t5"]) == 2
+    assert "https://host/shards: encode reads and writes local folders" in capsys.readouterr().err

@@ -283,6 +283,8 @@ def test_guidance_holds_in_its_interval_and_is_rescaled() -> None:
     told, mixed = model(x, None, asked), model(x, None, null) + 5 * (model(x, None, asked) - model(x, None, null))
     ratio = told.std((1, 2), keepdim=True) / mixed.std((1, 2), keepdim=True)
     torch.testing.assert_close(made, 0.7 * mixed * ratio + 0.3 * mixed)
+    silent = guided(lambda x, t, conditions: torch.zeros_like(x), asked, null, scale=5.0, rescale=0.7)
+    assert torch.equal(silent(x, torch.full((2,), 0.4)), torch.zeros_like(x))
 
 
 def test_loss_is_per_sample() -> None:

@@ -10,6 +10,7 @@ import os
 import re
 import socket
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -250,12 +251,17 @@ def load(
     for name, engine in engines.items():
         reader, ema = readers[name], emas.get(name)
         fragments = engine.fragments()
-        for fragment in fragments:
-            for kind, target in zip(KINDS, (fragment.master, fragment.exp_avg, fragment.exp_avg_sq), strict=True):
-                reader.read(fragment.name, kind, fragment.offset, target)
+        targets = [
+            (fragment.name, kind, fragment.offset, target)
+            for fragment in fragments
+            for kind, target in zip(KINDS, (fragment.master, fragment.exp_avg, fragment.exp_avg_sq), strict=True)
+        ]
         if ema is not None:
-            for fragment, average in zip(fragments, ema.pieces(fragments), strict=True):
-                reader.read(fragment.name, "ema", fragment.offset, average)
+            pieces = zip(fragments, ema.pieces(fragments), strict=True)
+            targets += [(fragment.name, "ema", fragment.offset, average) for fragment, average in pieces]
+        with ThreadPoolExecutor(store.THREADS) as pool:  # disks and copies are faster by several at a time
+            for _ in pool.map(reader.read, *zip(*targets, strict=True)):
+                pass
         engine.step_count = state["engines"][name]["optimizer_step"]
         engine.load_buffers(reader.buffers())
         engine.refresh_weights()

@@ -37,13 +37,14 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 CHUNK = 32 * 2**20
 """Bytes of a file under one hash."""
+THREADS = min(8, os.cpu_count() or 1)
+"""That hash and read at a time."""
 HEADROOM = 2
 """How many times the size of a checkpoint must be free before it is written."""
 
 _DIRECTORY = re.compile(r"step_(\d{8,})(?:-(\d+))?")
 _ASIDE = re.compile(r"step_(\d{8,})(?:-\d+)?\.aside-[0-9a-f]+")
 _READ = 2**20
-_THREADS = min(8, os.cpu_count() or 1)
 
 Files = dict[str, dict[str, Any]]
 """By file name: `bytes`, and `sha256` as one hash for each chunk."""
@@ -59,7 +60,7 @@ class Damaged(UserError):
 def write_hashed(path: Path, parts: Iterable[memoryview]) -> dict[str, Any]:
     """Write a new file and sync it to disk; other threads hash it meanwhile. Its `bytes` and `sha256`."""
     total, hashes = 0, []
-    with ThreadPoolExecutor(_THREADS) as pool, path.open("xb") as file:
+    with ThreadPoolExecutor(THREADS) as pool, path.open("xb") as file:
         for chunk in _chunks(parts):
             hashes.append(pool.submit(_hash, chunk))
             for view in chunk:
@@ -327,7 +328,7 @@ def _verify_file(path: Path, facts: Mapping[str, Any]) -> None:
         raise Damaged(f"{path} has {size} bytes instead of {facts['bytes']}")
     starts = range(0, size, CHUNK)
     try:
-        with ThreadPoolExecutor(min(_THREADS, max(len(starts), 1))) as pool:
+        with ThreadPoolExecutor(min(THREADS, max(len(starts), 1))) as pool:
             found = list(pool.map(lambda start: _hash_range(path, start), starts))
     except OSError as error:
         if error.errno != errno.EIO:

@@ -260,8 +260,7 @@ def load(
             pieces = zip(fragments, ema.pieces(fragments), strict=True)
             targets += [(fragment.name, "ema", fragment.offset, average) for fragment, average in pieces]
         with ThreadPoolExecutor(store.THREADS) as pool:  # disks and copies are faster by several at a time
-            for _ in pool.map(reader.read, *zip(*targets, strict=True)):
-                pass
+            list(pool.map(lambda one, reader=reader: reader.read(*one), targets))
         engine.step_count = state["engines"][name]["optimizer_step"]
         engine.load_buffers(reader.buffers())
         engine.refresh_weights()

@@ -174,7 +174,7 @@ class Trainer:
             self.saver.waiting = lambda: self.watchdog.beat(f"step {self.step}: waiting for a checkpoint")
             while self.step < run.steps:
                 self._train_until_rollback()
-            self._finish_saving()
+            self.saver.finish()
         self._say(f"{self.folder}: trained to step {self.step}")
 
     def _train_until_rollback(self) -> None:
@@ -229,7 +229,7 @@ class Trainer:
                 self._save()
                 self.account.restart()
             if result.stopping and self.step < run.steps:
-                self._finish_saving()
+                self.saver.finish()
                 raise Interrupted(f"{self.folder}: asked to stop by {self._stop_reason()}; saved at step {self.step}")
 
     def _due(self, every: int) -> bool:
@@ -378,10 +378,6 @@ class Trainer:
             (self.folder / "samples").mkdir(parents=True, exist_ok=True)
             OmegaConf.save(OmegaConf.structured(self.config), self.folder / "config.yaml")
             lease.note(describe_attempt(step=self.step, world_size=self.rank.world_size))
-
-    def _finish_saving(self) -> None:
-        """Wait until the last checkpoint is safe."""
-        self.saver.finish()
 
     def _restore(self) -> int:
         """Load the newest good checkpoint, if there is one. Returns the step that it was made at."""

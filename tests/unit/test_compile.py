@@ -11,6 +11,9 @@ from sora_lite.errors import UserError
 from sora_lite.models.dit import VideoDiT
 from sora_lite.parallel.apply import apply_activation_checkpointing, apply_compile, apply_parallel
 
+SIZES = [(2, 1, 4, 6), (1, 3, 4, 6), (3, 3, 4, 6), (2, 5, 8, 4), (2, 2, 2, 8), (3, 9, 4, 4)]
+"""Batch, latent frames and cells: stills, single samples, and clips that differ in all sizes."""
+
 
 def gradients(model: VideoDiT, batch: int, *shape: int) -> dict[str, torch.Tensor]:
     """Of a loss on fixed inputs, with the prediction, by name."""
@@ -37,6 +40,15 @@ def pair(kind: str) -> tuple[VideoDiT, VideoDiT]:
     apply_parallel(compiled, ParallelConfig(compile=True))
     assert list(compiled.state_dict()) == names
     return eager, compiled
+
+
+def without_gradients(compiled: VideoDiT, eager: VideoDiT) -> None:
+    """The same predictions as in validation and in samples."""
+    for batch, frames in itertools.product((1, 2), (1, 3)):
+        latent, time, _ = inputs(batch, frames, 4, 6)
+        given = conditions_for(compiled, batch, frames)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(latent, time, given), eager(latent, time, given), rtol=1e-4, atol=1e-5)
 
 
 def graphs() -> int:
@@ -75,26 +87,26 @@ def test_a_few_graphs_serve_every_size() -> None:
             same(gradients(compiled, *shape), gradients(eager, *shape))
         assert graphs() == before + expected
     before = graphs()
-    for batch, frames in itertools.product((1, 2), (1, 3)):  # as in validation and in samples
-        latent, time, _ = inputs(batch, frames, 4, 6)
-        given = conditions_for(compiled, batch, frames)
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(latent, time, given), eager(latent, time, given), rtol=1e-4, atol=1e-5)
+    without_gradients(compiled, eager)
     assert graphs() == before + 2
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kind", [kind for kind in MODELS if kind not in ("ours", "frames")])  # whose blocks are ours
+@pytest.mark.parametrize("kind", MODELS)
 # Sizes are variables at once, not from the second one on: half of the time.
 @torch._dynamo.config.patch(assume_static_by_default=False)
-def test_every_kind_of_block(kind: str) -> None:
-    """At two sizes, and recomputed, for which there are no other graphs."""
+def test_every_kind_at_every_size(kind: str) -> None:
+    """Then recomputed, for which there are no other graphs, and without gradients, as in validation and in samples."""
     torch.compiler.reset()
     eager, compiled = pair(kind)
-    for shape in ((2, 3, 4, 6), (2, 5, 8, 4)):
-        same(gradients(compiled, *shape), gradients(eager, *shape))
+    sizes = [size for size in SIZES if kind != "frames" or size[2:] == (4, 6)]  # what conditions_for makes
+    wanted = [gradients(eager, *size) for size in sizes]
+    for size, want in zip(sizes, wanted, strict=True):
+        same(gradients(compiled, *size), want)
     before = graphs()
     apply_activation_checkpointing(compiled)
-    same(gradients(compiled, 2, 3, 4, 6), gradients(eager, 2, 3, 4, 6))
+    for size, want in zip(sizes, wanted, strict=True):
+        same(gradients(compiled, *size), want)
     assert graphs() == before
+    without_gradients(compiled, eager)

@@ -278,7 +278,8 @@ def _join(
     assert text is not None
     tokens, words = x.shape[1], text.shape[1]
     if rope is not None:
-        rope = torch.cat([rope, rope.new_ones(words, rope.shape[1])])
+        cos, sin = torch.ones_like(rope[0, :, 0]), torch.zeros_like(rope[0, :, 0])
+        rope = torch.cat([rope, torch.stack([cos, sin], dim=-1).expand(words, -1, -1)])
     if mask is not None:
         mask = F.pad(mask, (tokens, 0), value=True)
     return torch.cat([x, text], dim=1), rope, mask

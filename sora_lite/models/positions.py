@@ -48,7 +48,7 @@ def axis_split(head_width: int) -> Grid:
 
 @lru_cache(maxsize=64)
 def rotation(grid: Grid, head_width: int, theta: float, device: torch.device, scaling: Scaling | None = None) -> Tensor:
-    """Every token's turns e^(i angle), N x d/2, complex64 (Su et al., arXiv 2104.09864).
+    """Cosine and sine of every token's turns, N x d/2 x 2, float32 (Su et al., arXiv 2104.09864).
 
     Pairs of neighbouring channels turn by position * theta^(-2i/d), so attention sees differences of positions only.
     """
@@ -62,14 +62,18 @@ def rotation(grid: Grid, head_width: int, theta: float, device: torch.device, sc
         frequency = base ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
         angles.append(position.reshape(-1, 1) / (1.0 if by_base else factor) * frequency)
     angle = torch.cat(angles, dim=1)  # N d/2
-    return torch.polar(torch.ones_like(angle), angle).to(torch.complex64).to(device)
+    return torch.stack([angle.cos(), angle.sin()], dim=-1).float().to(device)
 
 
 def rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """Turn channel pairs (2i, 2i+1) of queries or keys. x: B N heads d; turns: N d/2, complex."""
-    # As complex numbers: one pass over memory, and one in the backward pass, where real ones take seven.
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # B N heads d/2
-    return torch.view_as_real(pairs * turns.unsqueeze(1)).flatten(-2).type_as(x)
+    """Turn channel pairs (2i, 2i+1) of queries or keys. x: B N heads d; turns: of `rotation`."""
+    pairs, turns = x.float().unflatten(-1, (-1, 2)), turns.unsqueeze(1)  # B N heads d/2 2, N 1 d/2 2
+    if torch.compiler.is_compiling():  # into one loop, but not of complex numbers
+        (real, imaginary), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)
+        turned = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=-1)
+    else:  # one pass over memory, and one in the backward pass, where real numbers take seven
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turns))
+    return turned.flatten(-2).type_as(x)
 
 
 @lru_cache(maxsize=64)

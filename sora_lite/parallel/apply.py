@@ -3,7 +3,6 @@
 import functools
 import os
 import shutil
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -42,8 +41,6 @@ def apply_compile(model: nn.Module) -> None:
         UserError: there is no C++ compiler.
     """
     compiler = os.environ.get("CXX", "g++")
-    # Rotary positions are complex products: one kernel of torch's own among the compiled ones, and as fast.
-    warnings.filterwarnings("ignore", message="Torchinductor does not support code generation for complex operators")
     if shutil.which(compiler) is None:
         raise UserError(
             f"parallel.compile=true: torch.compile builds kernels with {compiler!r}, which is not there; install it, "

@@ -47,7 +47,7 @@ def describe_attempt(*, step: int, world_size: int) -> dict[str, Any]:
 
 def event_line(event: dict[str, Any]) -> str:
     """A line of RUN/events.jsonl."""
-    return json.dumps({"time": time.time(), **event})
+    return json.dumps({"time": time.time(), **event}, allow_nan=False)
 
 
 def _packages() -> Iterator[tuple[str, str]]:

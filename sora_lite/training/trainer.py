@@ -251,11 +251,13 @@ class Trainer:
             UserError: on all ranks, if too many updates were left out or rolled back.
         """
         self.left_out += 1
-        mine = {"losses": [float(one.loss) for one in result.losses], "keys": [batch.keys for batch in batches]}
+        losses = [float(one.loss) for one in result.losses]
+        finite = [loss if math.isfinite(loss) else None for loss in losses]  # JSON knows no NaN
+        mine = {"losses": finite, "keys": [batch.keys for batch in batches]}
         samples = self.rank.gather(mine)
         step, guard = self.step - 1, self.config.guard
         event = {"step": step, "data_step": step + self.jump, "left_out": result.left_out, "ranks": samples}
-        bad = [n for n, one in enumerate(samples) if not all(map(math.isfinite, one["losses"]))]
+        bad = [n for n, one in enumerate(samples) if None in one["losses"]]
         whose = f" on rank {', '.join(map(str, bad))}" if bad else ""
         self._say(f"step {step}: update left out, {result.left_out}{whose}; samples in {self.folder / EVENTS}")
         if self.rank.is_main:

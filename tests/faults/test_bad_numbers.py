@@ -182,5 +182,5 @@ def test_all_ranks_leave_the_same_update_out(tmp_path: Path, tiny: Tiny, stage: 
 
 
 def bad_ranks(event: dict) -> list[int]:
-    """Whose losses are not finite."""
-    return [n for n, one in enumerate(event["ranks"]) if not all(map(math.isfinite, one["losses"]))]
+    """Whose losses are not finite, which JSON has no number for."""
+    return [n for n, one in enumerate(event["ranks"]) if None in one["losses"]]

@@ -248,10 +248,11 @@ def test_factorised_attention_reaches_all_tokens_in_two_blocks(kind: str) -> Non
 def test_positions_beyond_training_are_brought_back() -> None:
     plain = functools.partial(rotation, head_width=24, theta=1e4, device=torch.device("cpu"))
     trained, larger = (2, 4, 4), (2, 8, 12)
-    linear = plain(larger, scaling=Scaling(method="linear", grid=trained)).view(2, 8, 12, 12)
-    inside = plain(trained).view(2, 4, 4, 12)
+    linear = plain(larger, scaling=Scaling(method="linear", grid=trained)).view(2, 8, 12, 12, 2)
+    inside = plain(trained).view(2, 4, 4, 12, 2)
     torch.testing.assert_close(linear[:, ::2, ::3], inside)  # every second row and third column is a trained place
-    angle = plain(larger, scaling=Scaling(method="ntk", grid=trained)).angle().view(2, 8, 12, 12)
+    turns = plain(larger, scaling=Scaling(method="ntk", grid=trained))
+    angle = torch.view_as_complex(turns).angle().view(2, 8, 12, 12)
     assert angle[0, 1, 0, 4].item() == pytest.approx(1.0)  # the first frequency of rows is as before
     lowest = 1e4 ** (-6 / 8)  # the last one of four is divided by the factor, 2
     assert angle[0, 1, 0, 7].item() == pytest.approx(lowest / 2, rel=1e-5)
@@ -267,7 +268,7 @@ def test_rope_makes_the_model_blind_to_where_everything_is_shifted() -> None:
     latent, time, given = inputs()
     out = model(latent, time, given)
     whole = rotation((5, 4, 7), 12, 1e4, torch.device("cpu"))
-    shifted = whole.view(5, 4, 7, 6)[2:, 2:, 4:].reshape(-1, 6)  # a grid of 3, 2, 3
+    shifted = whole.view(5, 4, 7, 6, 2)[2:, 2:, 4:].reshape(-1, 6, 2)  # a grid of 3, 2, 3
     model._place = lambda x, grid: (x, shifted, None)
     torch.testing.assert_close(model(latent, time, given), out, rtol=1e-4, atol=1e-5)
     model._place = lambda x, grid: (x, shifted[torch.randperm(18)], None)

@@ -40,7 +40,11 @@ def parse(schema: type[Settings], overrides: list[str], base: dict[str, Any] | N
             merged = OmegaConf.merge(merged, _from_word(word))
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key or 'settings'}: {str(error).splitlines()[0]}") from None
+        key = error.full_key or "settings"
+        if key not in names:  # a row of a list knows nothing of the list
+            given = next((word.partition("=")[0] for word in words if key in word), "settings")
+            key = f"{given}: {key}"
+        raise UserError(f"{key}: {str(error).splitlines()[0]}") from None
 
 
 def _read_yaml(path: Path, names: dict[str, Any]) -> Any:

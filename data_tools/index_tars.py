@@ -138,11 +138,11 @@ def summary(tars: list[Tar], manifest: Manifest, left: list[tuple[str, str, str]
     counts = manifest.counts
     sizes = ", ".join(f"{samples:,} {split}" for split, samples in sorted(manifest.splits.items()))
     lines = [
-        f"{out}: {counts['clips']:,} samples in {len(tars)} shards ({sizes or 'none'}), {counts['clips_captioned']:,} "
-        f"with captions, {counts['clips_labelled']:,} with labels; {len(left):,} left out"
+        f"{out}: {counts['clips']:,} samples in {len(manifest.shards)} of {len(tars)} shards ({sizes or 'none'}), "
+        f"{counts['clips_captioned']:,} with captions, {counts['clips_labelled']:,} with labels; {len(left):,} left out"
     ]
     for shard, name, why in left[:SHOWN]:
-        lines.append(f"  left out: {printable(f'{shard}: {name}: {why}')}")
+        lines.append(f"  left out: {printable(': '.join(part for part in (shard, name, why) if part))}")
     if len(left) > SHOWN:
         lines.append(f"  ... all of them are in {out / LEFT_OUT}")
     ignored = sum((tar.ignored for tar in tars), Counter())

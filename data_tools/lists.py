@@ -90,7 +90,9 @@ def _csv_records(text: str) -> Iterator[tuple[str, Callable[[], Any]]]:
             if not header:
                 header = cells
                 if len(set(header)) < len(header) or not set(header) & set(FILE_COLUMNS):
-                    raise ValueError(f"the first line must name columns, once each, {FILE_COLUMNS[0]} among them")
+                    raise ValueError(
+                        f"the first line must name columns, once each, one of {', '.join(FILE_COLUMNS)} among them"
+                    )
             elif cells:
                 yield f"line {reader.line_num}", partial(_csv_cells, header, cells)
     except csv.Error as error:

@@ -1,5 +1,6 @@
 """Take sources or clips out of finished shards: at once for every reader, and later from the disk."""
 
+import shlex
 from pathlib import Path
 
 from tqdm import tqdm
@@ -34,7 +35,10 @@ def remove(folder: Path, names: list[str]) -> None:
     before = sum(manifest.splits.values())
     manifest.save(folder)
     left = sum(len(Index.load(folder, split)) for split in manifest.splits)
-    print(f"{folder}: {before - left} of {before} clips are taken down; `sora-data compact {folder}` frees their space")
+    how = f"`sora-data compact {shlex.quote(str(folder))}` frees their space"
+    if manifest.root is not None:
+        how = "readers leave them out; the tars themselves stay as they are"
+    print(f"{folder}: {before - left} of {before} clips are taken down; {how}")
 
 
 def _frames_hash(folder: Path, manifest: Manifest, entry: ShardEntry, source: str) -> str:

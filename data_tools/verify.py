@@ -52,7 +52,8 @@ def verify(folder: Path, workers: int | None = None) -> None:
     for problem in sorted(problems):
         print(printable(problem))  # keys and names of members are whatever somebody wrote
     if problems:
-        raise UserError(f"{folder}: {len(problems)} faults (listed above); restore these shards or pack again.")
+        again = "pack again" if manifest.root is None else "index them again with `sora-data index`"
+        raise UserError(f"{folder}: {len(problems)} faults (listed above); restore these shards or {again}.")
 
 
 def check_shard(task: Task) -> Rows:
@@ -70,13 +71,18 @@ def check_shard(task: Task) -> Rows:
         for row, ext, what in parts
         if row[f"{what}_size"]
     ]
+    members, damage = [], ""
     try:
         with tarfile.open(path, "r:") as tar:
-            members = [(None if of_others else one.name, one.offset_data, one.size, one.isreg()) for one in tar]
-            if (not set(expected) <= set(members)) if of_others else (expected != members):
-                faults.append("its members are not those of the index")
+            for one in tar:
+                members.append((None if of_others else one.name, one.offset_data, one.size, one.isreg()))
     except tarfile.TarError as error:
-        faults.append(f"not a tar ({error})")
+        damage = f"not a tar ({error})"
+    if of_others:  # what cannot be read behind its last member was left out when it was indexed
+        if not set(expected) <= set(members):
+            faults.append(damage or "its members are not those of the index")
+    elif damage or expected != members:
+        faults.append(damage or "its members are not those of the index")
     with ShardReader(path) as reader:
         for row in rows:
             beat()

@@ -67,7 +67,7 @@ def compose_tree(root: str, overrides: list[str]) -> DictConfig:
                 tree.data.shards = None  # one of the two is asked for
             return tree
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_explain(error, root)) from error
+        raise UserError(_explain(error, root, overrides)) from error
     except AssertionError as error:  # OmegaConf's, for a key below one that is null
         line = _below_null(root, overrides)
         if line is None:
@@ -83,7 +83,7 @@ def to_yaml(root: str, overrides: list[str]) -> str:
 # ---------------------------------------------------------------------------------------------------- errors
 
 
-def _explain(error: Exception, root: str) -> str:
+def _explain(error: Exception, root: str, overrides: list[str]) -> str:
     """One line for an exception of Hydra or OmegaConf."""
     if isinstance(error, OverrideParseException):
         key, _, value = error.override.partition("=")
@@ -105,9 +105,10 @@ def _explain(error: Exception, root: str) -> str:
         key = named.group(1)
         if override and isinstance(getattr(link, "object_type", None), type) and "." not in key:
             in_row = link.object_type not in ROOTS.values()  # type: ignore[attr-defined]
+            in_row = in_row and not key.startswith(f"{override.group(1)}[")  # an element of a list of numbers
             key = f"{override.group(1)}.{key}" if in_row else key
         if re.match(r"Key '[^']+' (is )?not in", text):
-            return _unknown_key(key, root)
+            return _unknown_key(key, root, overrides)
         if isinstance(link, ValidationError):
             message = text.splitlines()[0]
             if "is not a ListConfig" in message:
@@ -116,12 +117,12 @@ def _explain(error: Exception, root: str) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     message = lines[0] if lines else type(error).__name__
     if match := re.search(r"Could not override '([^']+)'", message):
-        return _unknown_key(match.group(1), root)
-    if match := re.search(r"Could not find '([^']+)/([^'/]+)'", message) or re.search(
-        r"In '[^']+': Could not find '([^']+)/([^'/]+)'", message
+        return _unknown_key(match.group(1), root, overrides)
+    if match := re.search(r"Could not find '([^'/]+)/([^']+)'", message) or re.search(
+        r"In '[^']+': Could not find '([^'/]+)/([^']+)'", message
     ):
         group, choice = match.groups()
-        return f"{group}={choice}: no such choice; {_nearest(choice, choices(group))}"
+        return f"{group}={choice}: no such choice; {_nearest(Path(choice).stem, choices(group))}"
     return " ".join(lines)
 
 
@@ -139,8 +140,13 @@ def _below_null(root: str, overrides: list[str]) -> str | None:
     return None
 
 
-def _unknown_key(key: str, root: str) -> str:
+def _unknown_key(key: str, root: str, overrides: list[str]) -> str:
     key = re.sub(r"\[\d+\]", "", key)
+    typed = {part for name in re.findall(r"[\w.]+(?=\s*[=:])", " ".join(overrides)) for part in name.split(".")}
+    experiment = next((one for one in overrides if one.startswith("experiment=")), None)
+    if experiment and key.rpartition(".")[2] not in typed:
+        verb = root.replace("_", "-")
+        return f"{experiment}: sets {key}, which `sora-lite {verb}` does not have; take an experiment for {verb}"
     names = [name for name, _ in leaves(ROOTS[root])] + groups(root)
     return f"{key}: no such key; {_nearest(key, names)}"
 

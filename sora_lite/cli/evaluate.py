@@ -79,12 +79,16 @@ def main(config: EvaluateConfig) -> None:
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """All figures. Accuracies are fractions of clips, distances root mean squares of pixels in [0, 1]."""
     dit, vae, contract = load_dit(Path(config.model_from))
+    if config.frames and dit.embed_frames is None:
+        raise UserError("frames: this model reads no frames; train one with model.frame_conditions=true")
     encoders = open_encoders(config, contract.architecture, local_device(), contract.text_encoders)
     shards = locate(config.shards, "shards")
     train = LabelledClips(shards, "train", config.attributes, contract)
     held_out = LabelledClips(shards, "validation", config.attributes, contract)
     classes = {name: sorted(set(train.values[name]) | set(held_out.values[name])) for name in config.attributes}
-    figures: dict[str, Any] = {"model_step": contract.step}
+    figures: dict[str, Any] = {
+        "model_step": contract.step, "training_clips": len(train.clips), "held_out_clips": len(held_out.clips),
+    }  # fmt: skip
     judges: dict[str, Judge] = {}
     for name in config.attributes:
         judges[name] = train_judge(

@@ -22,6 +22,8 @@ from sora_lite.models.dit import VideoDiT
 def main(config: ImportConfig) -> None:
     """Import and say what it is and where it lies."""
     source = Path(config.weights_from)
+    if source.is_dir() and config.heads is not None:
+        raise UserError(f"heads: is for a .pt file; {source} is a folder, whose config.json tells them: leave it out")
     contract, weights = read_folder(source) if source.is_dir() else read_paper(source, config.heads)
     check_shapes(source, contract, weights)
     out = Path(config.out)
@@ -32,7 +34,7 @@ def main(config: ImportConfig) -> None:
 
 
 def check_shapes(source: Path, contract: exports.Contract, weights: dict[str, Tensor]) -> None:
-    """Raise UserError where a weight is not of the size that the model's description says."""
+    """Raise UserError where a weight is not of the size that the model's description says, or no number."""
     with torch.device("meta"):
         expected = VideoDiT(**contract.architecture).state_dict()
     for name, tensor in weights.items():
@@ -42,6 +44,8 @@ def check_shapes(source: Path, contract: exports.Contract, weights: dict[str, Te
                 f"{source}: weights and description are not of one model: {name} (our name) is {list(tensor.shape)}, "
                 f"and should be {list(shape)}; take both from the same place"
             )
+        if not tensor.isfinite().all():
+            raise UserError(f"{source}: {name} (our name) holds numbers that are not finite; take an undamaged copy")
 
 
 def read_paper(path: Path, heads: int | None) -> tuple[exports.Contract, dict[str, Tensor]]:
@@ -60,7 +64,7 @@ def read_paper(path: Path, heads: int | None) -> tuple[exports.Contract, dict[st
         table = theirs.pop("pos_embed", None)
         if table is None:
             raise ValueError("the weights lack pos_embed")
-        check_positions(table)
+        check_positions(table, architecture["width"])
         weights = to_ours(paper_entries(architecture), theirs)
     except ValueError as error:
         cure = "set heads" if "heads" in str(error) else "name a .pt file of the paper, or a folder of diffusers"

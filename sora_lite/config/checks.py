@@ -18,7 +18,7 @@ from sora_lite.config.train import (
     TrainVAEConfig,
 )
 from sora_lite.config.vae import VAEConfig
-from sora_lite.config.verbs import InspectConfig
+from sora_lite.config.verbs import ImportConfig, InspectConfig
 from sora_lite.errors import UserError
 
 
@@ -54,6 +54,8 @@ def check(config: object) -> None:
     if isinstance(config, InspectConfig) and config.latent is not None:
         wrong = len(config.latent) != 4 or min(config.latent) < 1
         _require(not wrong, "latent", f"must be [channels, frames, height, width], not {config.latent}")
+    if isinstance(config, ImportConfig):
+        _at_least(1, config, "heads")
     if isinstance(config, GenerateConfig | EvaluateConfig):
         _check_sampling(config.sampling)
         _at_least(1, config, "count", "threads")
@@ -205,7 +207,14 @@ def _check_sets(data: DataConfig) -> None:
 
 def _check_generate(config: GenerateConfig) -> None:
     _at_least(1, config, "frames")
-    _require(config.fps is None or config.fps > 0, "fps", f"must be above 0, not {config.fps}")
+    _require(config.fps is None or 0.01 <= config.fps <= 1e6, "fps", f"must lie in [0.01, 1e6], not {config.fps}")
+    _require(min(config.labels, default=0) >= 0, "labels", f"must be at least 0, not {config.labels}")
+    given = config.condition
+    _require(
+        given.first is not None or given.last is not None or given.frames == type(given)().frames,
+        "condition.frames",
+        "is of given clips; name one by condition.first or condition.last, or leave it out",
+    )
     size = config.resolution
     _require(size is None or (len(size) == 2 and min(size) >= 1), "resolution", f"must be [height, width], not {size}")
 
@@ -216,6 +225,8 @@ def _check_dit(model: DiTConfig) -> None:
     for key in ("mlp_ratio", "rope_theta"):
         value = getattr(model, key)
         _require(0 < value < math.inf, f"model.{key}", f"must be above 0, not {value}")
+    hidden = round(model.width * model.mlp_ratio)
+    _require(hidden >= 1, "model.mlp_ratio", f"{model.mlp_ratio} leaves the MLPs without a channel; take 4")
     _require(model.width % model.heads == 0, "model.heads", f"{model.heads} does not divide model.width={model.width}")
     head = model.width // model.heads
     if model.positions is Positions.rope:
@@ -261,8 +272,9 @@ def _check_diffusion(diffusion: DiffusionConfig, learn_variance: bool) -> None:
     _require(0 <= dropout < 1, "diffusion.condition_dropout", f"must lie in [0, 1), not {dropout}")
     for key in ("shift", "shift_tokens"):
         value = getattr(diffusion, key)
-        _require(value > 0, f"diffusion.{key}", f"must be above 0, not {value}")
-    _require(diffusion.vlb_weight >= 0, "diffusion.vlb_weight", f"must be at least 0, not {diffusion.vlb_weight}")
+        _require(0 < value < math.inf, f"diffusion.{key}", f"must be above 0, not {value}")
+    weight = diffusion.vlb_weight
+    _require(0 <= weight < math.inf, "diffusion.vlb_weight", f"must be at least 0, not {weight}")
     _require(
         not learn_variance or not straight,
         "model.learn_variance",
@@ -318,7 +330,7 @@ def _check_sampling(sampling: SamplingConfig) -> None:
     _require(
         channels is None or channels >= 1, "sampling.guidance_channels", f"must be at least 1, or null, not {channels}"
     )
-    _require(shift is None or shift > 0, "sampling.shift", f"must be above 0, or null, not {shift}")
+    _require(shift is None or 0 < shift < math.inf, "sampling.shift", f"must be above 0, or null, not {shift}")
 
 
 def _check_frames(config: TrainConfig) -> None:

@@ -87,8 +87,8 @@ class DataConfig:
     fps: float | None = None
     """Frames per second that the model sees; null keeps each clip's own rate."""
     buckets: list[BucketRule] = MISSING
-    """Bucket table. A sample goes to the first row that it is long enough for and that does not enlarge it by more than
-    a quarter, nearest in aspect ratio. `sora-data buckets` proposes one."""
+    """Bucket table. Of the rows that a sample is long enough for it goes to one that enlarges it by at most a quarter,
+    if there is one, and of these to the nearest in aspect ratio. `sora-data buckets` proposes a table."""
     batch_tokens: int = 32_768
     """Tokens (of a VAE: latent cells) in a global micro-step of the first row over all ranks; `batch_by` says what the
     others have in common with it. Rows may name a batch instead."""

@@ -80,7 +80,7 @@ class GenerateConfig:
     prompts: list[str] = field(default_factory=list)
     """Texts; for a model without text leave it empty and give labels."""
     labels: list[int] = field(default_factory=list)
-    """Class labels, one per prompt, or alone; empty for none."""
+    """Class labels from 0 on, one per prompt, or alone; empty for none."""
     negative_prompt: str = ""
     """What shall not be seen: guidance leads away from this text instead of from none."""
     condition: ConditionConfig = field(default_factory=ConditionConfig)

@@ -9,6 +9,7 @@ EXPORT/
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,6 +29,8 @@ from sora_lite.models.vae import CausalVAE
 Model = TypeVar("Model", CausalVAE, VideoDiT)
 FORMAT = 1
 _WEIGHTS, _CONTRACT, _VAE = "model.safetensors", "export.json", "vae"
+CELL = 8
+"""Pixels along a side of a latent cell, in the VAEs of all models that can be imported."""
 ADAPTER = "adapter"
 """Folder of the adapters in an export that they are merged into; see `models.lora`."""
 
@@ -59,6 +62,11 @@ class Contract:
     sha256: str = ""
     format: int = FORMAT
 
+    def __post_init__(self) -> None:
+        """Raise ValueError if the clip is none."""
+        if len(self.clip) != 3 or not all(isinstance(side, int) and side >= 1 for side in self.clip):
+            raise ValueError(f"clip must be [frames, height, width], not {self.clip}")
+
 
 def begin(folder: Path) -> None:
     """What is in a folder is no export any more, until it is written anew."""
@@ -69,6 +77,8 @@ def write(folder: Path, contract: Contract, weights: Mapping[str, Tensor]) -> No
     """Write an export. The contract comes last, so that a folder with a contract is whole."""
     folder.mkdir(parents=True, exist_ok=True)
     begin(folder)
+    if contract.base is None and (folder / ADAPTER).is_dir():  # of what lay here before
+        shutil.rmtree(folder / ADAPTER)
     save_file({name: tensor.float().contiguous() for name, tensor in weights.items()}, folder / _WEIGHTS)
     contract.sha256 = _sha256(folder / _WEIGHTS)
     replace_file(folder / _CONTRACT, json.dumps(asdict(contract), indent=2).encode())
@@ -86,7 +96,7 @@ def read_contract(folder: Path, kind: str) -> tuple[Path, Contract]:
         if (folder / "export" / _CONTRACT).is_file():
             folder = folder / "export"
         else:
-            raise UserError(f"{folder}: holds no export; make one with `sora-lite export run={folder}`")
+            raise UserError(f"{folder}: holds no export; {_cure(folder)}")
     path = folder / _CONTRACT
     try:
         values = json.loads(path.read_text())
@@ -99,6 +109,15 @@ def read_contract(folder: Path, kind: str) -> tuple[Path, Contract]:
     if contract.kind != kind:
         raise UserError(f"{folder}: is the export of a {contract.kind}, not of a {kind}; give the right folder")
     return folder, contract
+
+
+def _cure(folder: Path) -> str:
+    """How to get an export of what lies in a folder."""
+    if (folder / "adapter_config.json").is_file():
+        return "adapters are read with the export around them: name that"
+    if any((folder / part / "config.json").is_file() for part in (".", "transformer")):
+        return f"take the model of diffusers in with `sora-lite import weights_from={folder} out=...`"
+    return f"make one with `sora-lite export run={folder}`"
 
 
 def load_vae(folder: Path) -> tuple[CausalVAE, Contract]:
@@ -131,6 +150,16 @@ def load_dit(folder: Path) -> tuple[VideoDiT, CausalVAE, Contract]:
         )
     dit, _ = load_transformer(folder)
     return dit, vae, contract
+
+
+def latent_grid(folder: Path, contract: Contract) -> tuple[int, int, int]:
+    """(T, H, W) of the latents of the clips that the DiT of an export was trained on."""
+    frames, height, width = contract.clip
+    if (
+        contract.vae_fingerprint is None
+    ):  # imported: Wan's clips are no part of its description, the others' are latents
+        return frames, height // CELL, width // CELL
+    return load_vae(folder / _VAE)[0].latent_shape(frames, height, width)[1:]
 
 
 def load_transformer(folder: Path) -> tuple[VideoDiT, Contract]:

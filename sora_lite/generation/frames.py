@@ -53,7 +53,7 @@ def read_given(condition: ConditionConfig, clip: tuple[int, int, int], factor: i
     first, last = (_read(key, condition, (height, width), factor) for key in ("first", "last"))
     if len(first) + len(last) > frames - factor:  # a latent frame at least is made
         raise UserError(
-            f"condition.frames: {len(first) + len(last)} given frames leave none of {frames} to make; give fewer"
+            f"frames: {len(first) + len(last)} given frames leave none of {frames} to make; give fewer, or take more"
         )
     video = np.zeros((frames, height, width, 3), np.uint8)
     mask = torch.zeros((frames - 1) // factor + 1, dtype=torch.bool)

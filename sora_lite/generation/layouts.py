@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sora_lite.errors import UserError
-from sora_lite.generation.export import ADAPTER, Contract, load_transformer, read_contract
+from sora_lite.generation.export import ADAPTER, CELL, Contract, latent_grid, load_transformer, read_contract
 from sora_lite.models.adapters import (
     CLASSES,
     ENTRIES,
@@ -31,8 +31,6 @@ from sora_lite.models.lora import Adapters
 _CONFIG, _WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 _INDEX = f"{_WEIGHTS}.index.json"
 _LORA = "pytorch_lora_weights.safetensors"
-_CELL = 8
-"""Pixels along a side of a latent cell, in the VAEs that all these models were trained with."""
 
 
 def read_folder(folder: Path) -> tuple[Contract, dict[str, Tensor]]:
@@ -84,11 +82,11 @@ def write_folder(export: Path, out: Path) -> None:
         raise UserError(f"out: {out / _INDEX} would still lead to the weights that lie there; name another folder")
     export, _ = read_contract(export, "dit")
     dit, contract = load_transformer(export)
-    frames, height, width = contract.clip
+    latent = latent_grid(export, contract)
     refused = []
     for layout, kind in CLASSES.items():
         try:
-            config = config_of(layout, contract.architecture, (frames, height // _CELL, width // _CELL))
+            config = config_of(layout, contract.architecture, latent)
         except (ValueError, KeyError) as error:
             refused.append(f"{kind}: {error}")
             continue
@@ -120,7 +118,7 @@ def _write_adapters(folder: Path, entries: list[Entry], path: Path) -> None:
 def _clip(layout: str, config: dict[str, Any]) -> list[int]:
     if layout == "wan":
         return [81, 480, 832]
-    side = _CELL * config["sample_size"]
+    side = CELL * config["sample_size"]
     return [config["video_length"] if layout == "latte" else 1, side, side]
 
 

@@ -227,6 +227,8 @@ class Pipeline:
                 device=self.device,
                 given=frames,
             )
+            if not latents.isfinite().all():
+                raise UserError("sampling: the latents are not finite; take a smaller sampling.guidance")
             for rows in torch.arange(len(batch)).split(clips_at_once(*clip)):
                 if frames is None or mask is None:
                     made = self.vae.decode(self.vae.denormalize(latents[rows]))  # b 3 T H W

@@ -52,13 +52,15 @@ class Entry:
         """Theirs to ours.
 
         Raises:
-            ValueError: copies differ.
+            ValueError: copies differ, or patches are of another size.
         """
         if self.form == "joined":
             return torch.cat(found)
         if self.form == "row":
             return found[0].squeeze(0)
         if self.form == "kernel":
+            if found[0].shape[2:] != self.kernel:
+                raise ValueError(f"{self.theirs[0]} has patches of {list(found[0].shape[2:])}, not {list(self.kernel)}")
             return found[0].movedim(1, -1).flatten(1)
         if any(not torch.equal(found[0], other) for other in found[1:]):
             raise ValueError(f"{self.theirs[0]} differs from its copies in the other blocks, which a DiT has in common")
@@ -79,7 +81,7 @@ def to_ours(entries: list[Entry], theirs: Tensors) -> dict[str, Tensor]:
     """A state dict of `VideoDiT`. Queries, keys and values without biases get such of zeros.
 
     Raises:
-        ValueError: tensors are missing or left over, or copies differ.
+        ValueError: tensors are missing or left over, copies differ, or patches are of another size.
     """
     wanted = [name for entry in entries for name in entry.theirs]
     layers = [name.removesuffix(".weight") for name in theirs if re.search(r"\.to_[qkv]\.weight$", name)]
@@ -290,7 +292,7 @@ def paper_architecture(theirs: Tensors, heads: int | None = None) -> dict[str, A
         hidden = len(theirs["blocks.0.mlp.fc1.bias"])
     except KeyError as error:
         raise ValueError(f"the weights lack {error}: they are not those of the paper's DiT") from error
-    except (ValueError, IndexError) as error:
+    except (ValueError, IndexError, TypeError) as error:
         raise ValueError(f"the weights have other names or shapes than those of the paper's DiT ({error})") from error
     heads = heads or PAPER_HEADS.get(width)
     if heads is None or width % heads:
@@ -301,11 +303,11 @@ def paper_architecture(theirs: Tensors, heads: int | None = None) -> dict[str, A
     }  # fmt: skip
 
 
-def check_positions(table: Tensor) -> None:
+def check_positions(table: Tensor, width: int) -> None:
     """Raise ValueError if a published table of positions (1 N D, a square of tokens) is not ours."""
-    side = round(table.shape[1] ** 0.5)
-    ours, _ = sincos((1, side, side), table.shape[2], torch.device("cpu"))
-    if table.shape[1] != side**2 or not torch.allclose(table[0], ours.to(table.dtype), atol=1e-5):
+    side = round(table[0].shape[0] ** 0.5) if table.ndim == 3 and len(table) else 0
+    ours, _ = sincos((1, side, side), width, torch.device("cpu"))
+    if side == 0 or table.shape != (1, *ours.shape) or not torch.allclose(table[0], ours.to(table.dtype), atol=1e-5):
         raise ValueError("pos_embed is not the fixed sines and cosines of the paper")
 
 
@@ -316,12 +318,29 @@ def _agree(config: Mapping[str, Any], **expected: Any) -> None:
             raise ValueError(f"{key}={config[key]!r} is not supported, only {value!r}")
 
 
+_COUNTS = ("num_attention_heads", "attention_head_dim", "num_layers", "in_channels")
+"""Settings of all of diffusers' models that are positive whole numbers."""
+_COUNTS_OF = {
+    "dit": ("patch_size", "sample_size", "num_embeds_ada_norm"),
+    "latte": ("patch_size", "sample_size", "video_length", "caption_channels"),
+    "wan": ("text_dim", "ffn_dim"),
+}
+"""The like of each layout."""
+
+
+def _check_count(key: str, value: object) -> None:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{key}={value!r} is no positive whole number")
+
+
 def architecture_of(layout: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `VideoDiT` for a diffusers `config.json`.
 
     Raises:
         ValueError: the model is none that `VideoDiT` can be.
     """
+    for key in (*_COUNTS, *_COUNTS_OF[layout]):
+        _check_count(key, config[key])
     heads, head = config["num_attention_heads"], config["attention_head_dim"]
     channels = config["in_channels"]
     common = {"channels": channels, "width": heads * head, "heads": heads, "depth": config["num_layers"]}
@@ -330,13 +349,20 @@ def architecture_of(layout: str, config: Mapping[str, Any]) -> dict[str, Any]:
             config, out_channels=channels, qk_norm="rms_norm_across_heads", freq_dim=256, eps=1e-6, image_dim=None,
             added_kv_proj_dim=None, pos_embed_seq_len=None,
         )  # fmt: skip
+        patch = config["patch_size"]
+        if not isinstance(patch, list | tuple) or len(patch) != 3:
+            raise ValueError(f"patch_size={patch!r} is not [frames, height, width]")
+        for part in patch:
+            _check_count("patch_size", part)
         return _WAN | common | {
-            "mlp_ratio": config["ffn_dim"] / (heads * head), "patch": list(config["patch_size"]),
+            "mlp_ratio": config["ffn_dim"] / (heads * head), "patch": list(patch),
             "text_features": config["text_dim"], "cross_norm": config["cross_attn_norm"],
         }  # fmt: skip
     patch = config["patch_size"]
     out = config.get("out_channels") or channels
     _agree(config, activation_fn="gelu-approximate", norm_elementwise_affine=False, dropout=0.0)
+    if not config.get("norm_eps", 1e-6) <= 1e-5:  # diffusers' default, 1e-5, changes outputs by some millionths
+        raise ValueError(f"norm_eps={config['norm_eps']} is not supported, only 1e-6 and, as nearly the same, 1e-5")
     if out not in (channels, 2 * channels):
         raise ValueError(f"out_channels={out} is neither {channels} nor, with a variance, {2 * channels}")
     common |= {"patch": [1, patch, patch], "learn_variance": out == 2 * channels}
@@ -369,6 +395,8 @@ def config_of(layout: str, architecture: Mapping[str, Any], latent: tuple[int, i
             "qk_norm": "rms_norm_across_heads", "image_dim": None, "added_kv_proj_dim": None,
         }  # fmt: skip
     else:
+        if latent[1] != latent[2]:
+            raise ValueError(f"{CLASSES[layout]} is of squares, and the clips are of {latent[1]} x {latent[2]} cells")
         config |= {
             "patch_size": patch[1], "sample_size": latent[1], "activation_fn": "gelu-approximate",
             "attention_bias": True, "norm_elementwise_affine": False, "norm_eps": 1e-6,

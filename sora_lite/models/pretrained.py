@@ -125,9 +125,15 @@ def _load(folder: Path, device: torch.device) -> tuple[Any, Any]:
         if config.model_type not in KINDS:
             raise UserError(f"{folder}: holds a {config.model_type}, not one of {', '.join(sorted(KINDS))}")
         kind = getattr(transformers, KINDS[config.model_type])
-        model = kind.from_pretrained(str(weights), local_files_only=True, use_safetensors=True, dtype=dtype)
+        model, told = kind.from_pretrained(
+            str(weights), local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True
+        )
+        if told["missing_keys"]:  # which transformers draws at random
+            raise ValueError(f"its weights lack {min(told['missing_keys'])}")
         return model.to(device), transformers.AutoTokenizer.from_pretrained(str(words), **local)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # damaged files and rubbish in config.json raise of every kind
         why = " ".join(str(error).split())[:200]
         raise UserError(
             f"{folder}: is no text encoder that transformers has saved with its tokenizer ({why}); "

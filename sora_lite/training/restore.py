@@ -306,7 +306,7 @@ def read_full(path: Path, source: str = "ema", engine: str | None = None) -> tup
         UserError: the checkpoint is damaged, or has no such weights.
     """
     if source not in ("ema", "raw"):
-        raise UserError(f"weights={source!r} are unknown: use ema or raw")
+        raise UserError(f"weights: {source!r} is unknown; take ema or raw")
     files = store.verify(path)
     state = _read_state(path)
     if engine is None:

@@ -252,8 +252,8 @@ class Trainer:
         """
         self.left_out += 1
         losses = [float(one.loss) for one in result.losses]
-        finite = [loss if math.isfinite(loss) else None for loss in losses]  # JSON knows no NaN
-        mine = {"losses": finite, "keys": [batch.keys for batch in batches]}
+        known = [loss if math.isfinite(loss) else None for loss in losses]  # JSON has no NaN
+        mine = {"losses": known, "keys": [batch.keys for batch in batches]}
         samples = self.rank.gather(mine)
         step, guard = self.step - 1, self.config.guard
         event = {"step": step, "data_step": step + self.jump, "left_out": result.left_out, "ranks": samples}

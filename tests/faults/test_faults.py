@@ -32,7 +32,9 @@ def settings(tiny: Tiny, folder: Path, *more: str) -> list[str]:
 
 
 def events(folder: Path) -> list[dict]:
-    return [json.loads(line, parse_constant=pytest.fail) for line in (folder / "run/events.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line, parse_constant=pytest.fail) for line in (folder / "run/events.jsonl").read_text().splitlines()
+    ]
 
 
 def losses(folder: Path) -> dict[int, float]:

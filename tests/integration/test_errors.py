@@ -274,6 +274,10 @@ class TestExport:
         line = refused("evaluate", f"model_from={run}", "shards=nowhere", f"out={tmp_path}")
         assert line.startswith(f"out: {tmp_path} is a folder")
 
+    def test_frames_of_a_model_that_reads_none(self, trained: Path, tmp_path: Path, refused: Refused) -> None:
+        words = [f"model_from={trained / 'tiny'}", "shards=nowhere", f"out={tmp_path / 'out.json'}", "frames=[first]"]
+        assert refused("evaluate", *words).startswith("frames: this model reads no frames")
+
     def test_settings_that_would_do_nothing(self, trained: Path, refused: Refused) -> None:
         run = trained / "tiny"
         assert "trained no adapters" in refused("export", f"run={run}", "init_from=nowhere")

@@ -11,6 +11,7 @@ from tiny_inputs import Tiny, call
 from tiny_models import WAN, make_dit, tiny_wan
 
 from sora_lite.evaluation.record import RECORD, read_record
+from sora_lite.generation import export as exports
 from sora_lite.generation.export import load_dit, load_transformer, read_contract
 from sora_lite.models.conditions import Conditions
 from sora_lite.training import restore, store
@@ -69,6 +70,8 @@ def test_the_export_is_merged_and_the_adapter_lies_beside_it(
     assert (expected - was).abs().max() > 1e-2 * was.abs().max()
     loaded = peft.PeftModel.from_pretrained(start, str(tmp_path / "adapter"))
     torch.testing.assert_close(loaded(latent, time, given), expected, rtol=1e-5, atol=1e-5)
+    exports.write(tmp_path, of_base, start.state_dict())  # another model in the same place
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_what_an_export_is_for_works_on_a_merged_one(root: Path, tiny: Tiny, tmp_path: Path) -> None:

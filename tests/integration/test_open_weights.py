@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sora_lite.cli.compose import compose
 from sora_lite.cli.inspect import inspect_model
-from sora_lite.generation.export import load_transformer
+from sora_lite.generation.export import load_dit, load_transformer
 from sora_lite.models.conditions import Conditions
 
 diffusers = pytest.importorskip("diffusers")
@@ -118,6 +118,27 @@ def test_training_goes_on_from_wan(tiny: Tiny, tmp_path: Path) -> None:
     made = f"out={tmp_path / 'clips'}"
     asked = ["generate", f"model_from={tmp_path / 'tiny'}", "prompts=[a dog]", "sampling.steps=1", made]
     assert call(*asked, f"text_from={pipeline}") == 0
+
+
+def test_a_latte_that_was_trained_here(tiny: Tiny, tmp_path: Path) -> None:
+    """Its description is of latents, however the VAE compresses."""
+    text = save_t5(tmp_path / "t5")
+    words = {
+        "positions": "sincos", "qk_norm": "none", "gelu": "tanh", "attention": "factorised", "modulation": "shared",
+        "cross_norm": "false", "text": "null", "num_classes": 0, "text_features": 16, "text_tokens": 16,
+    }  # fmt: skip
+    model = [f"model.{key}={value}" for key, value in words.items()]
+    run = [f"data.shards={tiny.shards}", f"vae_from={tiny.vae}", f"run.root={tmp_path}", f"text_from={text}"]
+    assert call("train", "experiment=tiny", "run.steps=1", "run.validate_every=0", *run, *model) == 0
+    assert call("export", f"run={tmp_path / 'tiny'}", "layout=diffusers") == 0
+    theirs = diffusers.LatteTransformer3DModel.from_pretrained(tmp_path / "tiny/diffusers").eval()
+    ours, vae, contract = load_dit(tmp_path / "tiny")
+    shape = vae.latent_shape(*contract.clip)
+    assert (theirs.config.video_length, theirs.config.sample_size) == (shape[1], shape[2])
+    x, features = torch.randn(2, *shape), torch.randn(2, 5, 16)
+    expected = ours(x, torch.tensor([0.5, 0.02], dtype=torch.float64), Conditions(text=features))
+    out = theirs(x, timestep=torch.tensor([500, 20]), encoder_hidden_states=features).sample
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4 * max(1e-3, expected.abs().max().item()))
 
 
 def test_dit_in_and_out(tmp_path: Path) -> None:

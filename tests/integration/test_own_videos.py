@@ -234,7 +234,7 @@ class Page(HTMLParser):
         (["train-vae", "run.name=x", "data.shards=s", "data.buckets=[{resolution: [60, 64], frames: 17}]"], "of 8"),
         (["generate", "model_from=runs/my_dit", "prompts=hello"], "prompts: must be a list"),
         (["generate", "model_from=runs/my_dit", "prompts=[hello]", "count=0"], "count: must be at least 1"),
-        (["generate", "model_from=runs/my_dit", "prompts=[hello]", "fps=0"], "fps: must be above 0"),
+        (["generate", "model_from=runs/my_dit", "prompts=[hello]", "fps=0"], "fps: must lie in"),
         (["generate", "model_from=runs/my_dit", "prompts=[hello]", "shards=nowhere"], "nowhere/manifest.json"),
         (["generate", "model_from=runs/my_dit", "prompts=[hello]", "run=nowhere"], f"run: nowhere/{RECORD}"),
         (["generate", "model_from=runs/my_dit", "prompts=[hello]", "resolution=[56, 56]"], "frames, resolution: "),

@@ -234,6 +234,11 @@ def test_a_tar_that_is_cut_off(cut: str, mp4: bytes, tmp_path: Path, capsys: pyt
         return
     assert set(everything(tmp_path)) == {"a"}
     assert any("cut off" in why for why in left_out(tmp_path).values())
+    assert sora_data("verify", tmp_path, "workers=0") == 0, "what was left out is no fault"
+    with path.open("r+b") as file:
+        file.truncate(600)
+    assert sora_data("verify", tmp_path, "workers=0") == 2
+    assert "index them again with `sora-data index`" in capsys.readouterr().err
 
 
 def test_a_second_call_goes_on_and_a_changed_tar_is_seen(
@@ -263,7 +268,7 @@ def test_shards_of_others_are_never_changed(
     write_tar(theirs / "1.tar", [("c.mp4", mp4)])
     assert sora_data("index", theirs, "validation_fraction=0", "workers=0") == 0
     assert sora_data("remove", theirs, "a") == 0 and set(everything(theirs)) == {"b", "c"}
-    capsys.readouterr()
+    assert "the tars themselves stay as they are" in capsys.readouterr().out
     (tmp_path / "v").mkdir()
     (tmp_path / "v/a.mp4").write_bytes(mp4)
     for words in (["compact", theirs], ["run", tmp_path / "v", theirs, "workers=0"]):

@@ -231,7 +231,21 @@ def test_what_is_another_model_is_refused() -> None:
         paper_architecture(paper(1)[0].state_dict())
     with pytest.raises(ValueError, match="lack"):
         paper_architecture(weights)
+    with pytest.raises(ValueError, match=r"patch_embedding.weight has patches of \[1, 2, 2\], not \[1, 1, 4\]"):
+        to_ours(ENTRIES["wan"](architecture | {"patch": [1, 1, 4]}), weights)
+    for kind in ("dit", "latte"):
+        config = dict(KINDS[kind](1)[0].config)
+        with pytest.raises(ValueError, match=r"norm_eps=0\.1 is not supported"):
+            architecture_of(kind, config | {"norm_eps": 0.1})
+        for key in ("num_layers", "sample_size", "num_attention_heads"):
+            for value in (None, 0, "2", [8, 8]):
+                with pytest.raises(ValueError, match=f"{key}=.* is no positive whole number"):
+                    architecture_of(kind, config | {key: value})
+        with pytest.raises(ValueError, match="is of squares, and the clips are of 8 x 16 cells"):
+            config_of(kind, KINDS[kind](1)[1], (1, 8, 16))
     table = paper(1)[0].pos_embed
-    check_positions(table)
-    with pytest.raises(ValueError, match="sines and cosines"):
-        check_positions(table + 0.01)
+    width = table.shape[2]
+    check_positions(table, width)
+    for wrong, of_width in ((table + 0.01, width), (table, width + 4), (table[0], width), (table[:, :0], width)):
+        with pytest.raises(ValueError, match="sines and cosines"):
+            check_positions(wrong, of_width)

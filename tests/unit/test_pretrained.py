@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from text_folders import PROMPTS, save_clip, save_t5
 
 from sora_lite.errors import UserError
@@ -61,6 +62,17 @@ def test_what_is_no_such_folder_is_refused(folders: dict[str, Path], tmp_path: P
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     with pytest.raises(UserError, match="is no text encoder"):
         FrozenTextEncoder(pickled, max_tokens=16)
+    poor = Path(shutil.copytree(folders["t5"], tmp_path / "poor"))
+    weights = load_file(poor / "model.safetensors")
+    lost = next(name for name in weights if name.endswith("SelfAttention.k.weight"))
+    save_file(
+        {name: one for name, one in weights.items() if name != lost}, poor / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(UserError, match=f"its weights lack {lost}"):
+        FrozenTextEncoder(poor, max_tokens=16)
+    (poor / "model.safetensors").write_bytes((folders["t5"] / "model.safetensors").read_bytes()[:2000])
+    with pytest.raises(UserError, match="is no text encoder"):
+        FrozenTextEncoder(poor, max_tokens=16)
     other = Path(shutil.copytree(folders["t5"], tmp_path / "other"))
     config = json.loads((other / "config.json").read_text()) | {"model_type": "bert"}
     (other / "config.json").write_text(json.dumps(config))

@@ -24,7 +24,7 @@ from sora_lite.training.metrics import count_flops
 DEPTH, HEAD_WIDTH, CHANNELS, SIDE = 4, 64, 16, 32
 TEXT_TOKENS, TEXT_WIDTH = 64, 128
 SGEMM_SIDE = 1536
-ROUNDS, PROFILED = 10, 3
+ROUNDS = 10
 KERNELS = ("mm", "addmm", "bmm", "_scaled_dot_product_flash_attention_for_cpu")
 
 
@@ -159,7 +159,7 @@ def kernel_seconds(step: Callable[[], None]) -> float:
     """What matrix products and attention take of an eager step, whose kernels are torch's in all models."""
     kernels = [f"aten::{name}{suffix}" for name in KERNELS for suffix in ("", "_backward")]
     rounds = []
-    for _ in range(PROFILED):
+    for _ in range(ROUNDS):
         with profile(activities=[ProfilerActivity.CPU]) as seen:
             step()
         rounds.append(sum(event.self_cpu_time_total for event in seen.key_averages() if event.key in kernels))

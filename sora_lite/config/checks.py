@@ -5,7 +5,7 @@ import math
 from sora_lite.config.data import BucketRule, DataConfig
 from sora_lite.config.diffusion import DiffusionConfig, DiffusionObjective, ShiftBy, TimestepSampling
 from sora_lite.config.dit import Attention, DiTConfig, Positions, TextAttention
-from sora_lite.config.generate import EvaluateConfig, GenerateConfig, Sampler, SamplingConfig
+from sora_lite.config.generate import ConditionConfig, EvaluateConfig, GenerateConfig, Sampler, SamplingConfig
 from sora_lite.config.optim import OptimConfig
 from sora_lite.config.parallel import Offload, ParallelConfig, Precision
 from sora_lite.config.run import GuardConfig, RunConfig
@@ -211,7 +211,7 @@ def _check_generate(config: GenerateConfig) -> None:
     _require(min(config.labels, default=0) >= 0, "labels", f"must be at least 0, not {config.labels}")
     given = config.condition
     _require(
-        given.first is not None or given.last is not None or given.frames == type(given)().frames,
+        given.first is not None or given.last is not None or given.frames == ConditionConfig().frames,
         "condition.frames",
         "is of given clips; name one by condition.first or condition.last, or leave it out",
     )

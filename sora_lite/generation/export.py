@@ -155,9 +155,7 @@ def load_dit(folder: Path) -> tuple[VideoDiT, CausalVAE, Contract]:
 def latent_grid(folder: Path, contract: Contract) -> tuple[int, int, int]:
     """(T, H, W) of the latents of the clips that the DiT of an export was trained on."""
     frames, height, width = contract.clip
-    if (
-        contract.vae_fingerprint is None
-    ):  # imported: Wan's clips are no part of its description, the others' are latents
+    if contract.vae_fingerprint is None:  # imported: frames are those that the description has, of latents
         return frames, height // CELL, width // CELL
     return load_vae(folder / _VAE)[0].latent_shape(frames, height, width)[1:]
 

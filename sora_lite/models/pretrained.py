@@ -130,7 +130,7 @@ def _load(folder: Path, device: torch.device) -> tuple[Any, Any]:
         )
         if told["missing_keys"]:  # which transformers draws at random
             raise ValueError(f"its weights lack {min(told['missing_keys'])}")
-        return model.to(device), transformers.AutoTokenizer.from_pretrained(str(words), **local)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(words), **local)
     except UserError:
         raise
     except Exception as error:  # damaged files and rubbish in config.json raise of every kind
@@ -139,3 +139,4 @@ def _load(folder: Path, device: torch.device) -> tuple[Any, Any]:
             f"{folder}: is no text encoder that transformers has saved with its tokenizer ({why}); "
             "save both with save_pretrained, weights as safetensors"
         ) from error
+    return model.to(device), tokenizer

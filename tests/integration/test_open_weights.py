@@ -1,11 +1,13 @@
 """Published weights in and out by the command line, and what `inspect` says of the models."""
 
 import json
+import math
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from text_folders import save_t5
 from tiny_inputs import Tiny, call
 from tiny_models import tiny_wan
@@ -62,7 +64,6 @@ def test_memory_follows_from_what_is_kept(capsys: pytest.CaptureFixture) -> None
 
 
 def contents(folder: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
 
     return load_file(folder / "diffusion_pytorch_model.safetensors")
 
@@ -149,7 +150,6 @@ def test_dit_in_and_out(tmp_path: Path) -> None:
     theirs.transformer_blocks[1].norm1.emb = theirs.transformer_blocks[0].norm1.emb
     theirs.save_pretrained(tmp_path / "dit", safe_serialization=False)
     assert call("import", f"weights_from={tmp_path / 'dit'}", f"out={tmp_path / 'no'}") == 2  # not safetensors
-    from safetensors.torch import save_file
 
     weights = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
     save_file(weights, tmp_path / "dit/diffusion_pytorch_model.safetensors", {"format": "pt"})
@@ -243,6 +243,16 @@ def test_what_cannot_be_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -
         error = capsys.readouterr().err
         assert says in error and error.count("\n") == 1
     (tmp_path / "wan/config.json").write_text(json.dumps(config))
+    assert call("generate", f"model_from={tmp_path / 'wan'}", "prompts=[a]", f"out={tmp_path / 'clips'}") == 2
+    assert f"`sora-lite import weights_from={tmp_path / 'wan'} out=...`" in capsys.readouterr().err
+    assert call("import", f"weights_from={tmp_path / 'wan'}", f"out={tmp_path / 'no'}", "heads=2") == 2
+    assert "heads: is for a .pt file" in capsys.readouterr().err
+    weights = load_file(tmp_path / "wan/diffusion_pytorch_model.safetensors")
+    spoilt = weights | {"proj_out.bias": weights["proj_out.bias"] + math.nan}
+    save_file(spoilt, tmp_path / "wan/diffusion_pytorch_model.safetensors", {"format": "pt"})
+    assert call("import", f"weights_from={tmp_path / 'wan'}", f"out={tmp_path / 'no'}") == 2
+    assert "final.out.bias (our name) holds numbers that are not finite" in capsys.readouterr().err
+    save_file(weights, tmp_path / "wan/diffusion_pytorch_model.safetensors", {"format": "pt"})
     assert call("import", f"weights_from={tmp_path / 'wan'}", f"out={tmp_path / 'ours'}") == 0
     assert call("generate", f"model_from={tmp_path / 'ours'}", "prompts=[a]", f"out={tmp_path / 'clips'}") == 2
     assert "its VAE is none of this project" in capsys.readouterr().err

@@ -64,7 +64,6 @@ def test_memory_follows_from_what_is_kept(capsys: pytest.CaptureFixture) -> None
 
 
 def contents(folder: Path) -> dict[str, Tensor]:
-
     return load_file(folder / "diffusion_pytorch_model.safetensors")
 
 

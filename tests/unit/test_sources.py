@@ -200,7 +200,7 @@ def test_parquet_may_hold_bytes_as_names_and_other_types(tmp_path: Path) -> None
         ("csv", "path,label\na.mp4,3\nb.mp4,cat\n", "line 3: label must be an integer, not 'cat'; mend or remove this"),
         ("csv", "path,label\na.mp4\n", "line 2: has 1 cells where the first line has 2"),
         ("csv", 'path\n"a.mp4" b\n', "line 2: is no CSV"),
-        ("csv", "name,label\na.mp4,3\n", "file_name among them"),
+        ("csv", "name,label\na.mp4,3\n", "one of file_name,"),
         ("csv", "path,path\na.mp4,b.mp4\n", "once each"),
         ("csv", "path,captions\na.mp4,[1]\n", "line 2: caption must be a text"),
         ("csv", "path\na.mp4\n./a.mp4\n", "line 3: file_name './a.mp4' stands in an earlier line too"),

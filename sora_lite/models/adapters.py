@@ -305,7 +305,7 @@ def paper_architecture(theirs: Tensors, heads: int | None = None) -> dict[str, A
 
 def check_positions(table: Tensor, width: int) -> None:
     """Raise ValueError if a published table of positions (1 N D, a square of tokens) is not ours."""
-    side = round(table[0].shape[0] ** 0.5) if table.ndim == 3 and len(table) else 0
+    side = round(table.shape[1] ** 0.5) if table.ndim == 3 else 0
     ours, _ = sincos((1, side, side), width, torch.device("cpu"))
     if side == 0 or table.shape != (1, *ours.shape) or not torch.allclose(table[0], ours.to(table.dtype), atol=1e-5):
         raise ValueError("pos_embed is not the fixed sines and cosines of the paper")

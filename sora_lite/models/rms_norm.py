@@ -11,7 +11,7 @@ class RMSNorm(nn.RMSNorm):
     """`nn.RMSNorm` over the last dimension, with the same results.
 
     On GPUs that is one kernel. On CPUs torch makes it of single operations, whose derivatives pass over memory a dozen
-    times; here they do so five times, and fewer when compiled.
+    times; here they do so five times.
     """
 
     def forward(self, x: Tensor) -> Tensor:

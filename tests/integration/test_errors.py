@@ -264,6 +264,8 @@ class TestExport:
         assert "nothing to generate" in refused("generate", model)
         assert "one per prompt" in refused("generate", model, "labels=[1]", "prompts=[a, b]")
         assert "frames" in refused("generate", model, "labels=[1]", "frames=18")
+        line = refused("generate", model, "labels=[1]", "sampling.guidance=1e38", "sampling.steps=2")
+        assert line.startswith("sampling: the latents are not finite")
 
     def test_places_that_cannot_be_written_to(self, trained: Path, tmp_path: Path, refused: Refused) -> None:
         run, file = trained / "tiny", tmp_path / "file"

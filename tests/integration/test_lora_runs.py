@@ -10,6 +10,7 @@ from text_folders import save_t5
 from tiny_inputs import Tiny, call
 from tiny_models import WAN, make_dit, tiny_wan
 
+from sora_lite.errors import UserError
 from sora_lite.evaluation.record import RECORD, read_record
 from sora_lite.generation import export as exports
 from sora_lite.generation.export import load_dit, load_transformer, read_contract
@@ -70,6 +71,8 @@ def test_the_export_is_merged_and_the_adapter_lies_beside_it(
     assert (expected - was).abs().max() > 1e-2 * was.abs().max()
     loaded = peft.PeftModel.from_pretrained(start, str(tmp_path / "adapter"))
     torch.testing.assert_close(loaded(latent, time, given), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(UserError, match="adapters are read with the export around them"):
+        read_contract(tmp_path / "adapter", "dit")
     exports.write(tmp_path, of_base, start.state_dict())  # another model in the same place
     assert not (tmp_path / "adapter").exists()
 

@@ -149,7 +149,6 @@ def test_dit_in_and_out(tmp_path: Path) -> None:
     theirs.transformer_blocks[1].norm1.emb = theirs.transformer_blocks[0].norm1.emb
     theirs.save_pretrained(tmp_path / "dit", safe_serialization=False)
     assert call("import", f"weights_from={tmp_path / 'dit'}", f"out={tmp_path / 'no'}") == 2  # not safetensors
-
     weights = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
     save_file(weights, tmp_path / "dit/diffusion_pytorch_model.safetensors", {"format": "pt"})
     assert call("import", f"weights_from={tmp_path / 'dit'}", f"out={tmp_path / 'ours'}") == 0

@@ -5,7 +5,21 @@ import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
-from benchmarks import balance, cuts, decoding, dit, latents, loading, order, packing, reading, saving, step, tracking
+from benchmarks import (
+    balance,
+    cuts,
+    decoding,
+    dit,
+    latents,
+    linear,
+    loading,
+    order,
+    packing,
+    reading,
+    saving,
+    step,
+    tracking,
+)
 
 TABLES = {
     "balance": balance.main,
@@ -13,6 +27,7 @@ TABLES = {
     "decoding": decoding.main,
     "dit": dit.main,
     "latents": latents.main,
+    "linear": linear.main,
     "loading": loading.main,
     "order": order.main,
     "packing": packing.main,

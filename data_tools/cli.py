@@ -166,12 +166,14 @@ def _stage(verb: str, words: list[str], folder: Path, settings: DataConfig, rest
     """A stage alone goes on with the settings of the call before; `run` says all of them."""
     from data_tools import report
     from data_tools.job import Job
+    from data_tools.sources import find_sources
 
     begins = verb in ("run", "probe")
+    sources = find_sources(words[0]) if begins else []  # before a folder is made for them
     job = Job(folder, settings) if begins else Job.resume(folder, rest)
     with job.alone():
         if begins:
-            job.list_sources(words[0])
+            job.save_sources(sources)
         job.save_settings()
         if verb == "report":
             print(f"{report.write(job, job.run('dedupe', ()))}: open it in a browser")

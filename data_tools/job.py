@@ -17,7 +17,7 @@ from data_tools.compose import parse
 from data_tools.config import CaptionConfig, CaptionSource, DataConfig, plain
 from data_tools.plan import Packed, Plan, Rows
 from data_tools.pool import Function
-from data_tools.sources import SOURCES_SCHEMA, Source, find_sources
+from data_tools.sources import SOURCES_SCHEMA, Source
 from data_tools.state import Table, Unit, complete, read_table, stage_hash, write_table
 from sora_lite.data.files import replace_file
 from sora_lite.data.index import Index
@@ -100,9 +100,8 @@ class Job:
 
     # ------------------------------------------------------------------------------------------------ stages
 
-    def list_sources(self, videos: str) -> None:
-        """Find the sources and remember them. Raises UserError if there are none, or if their list is wrong."""
-        sources = find_sources(videos)
+    def save_sources(self, sources: list[Source]) -> None:
+        """Remember what all stages are about."""
         table = pa.Table.from_pylist([source.to_row() for source in sources], schema=SOURCES_SCHEMA)
         write_table(self.own / "sources.parquet", table)
 

@@ -51,6 +51,10 @@ def read_given(condition: ConditionConfig, clip: tuple[int, int, int], factor: i
     """
     frames, height, width = clip
     first, last = (_read(key, condition, (height, width), factor) for key in ("first", "last"))
+    if max(len(first), len(last)) == 1 < condition.frames != ConditionConfig().frames:
+        raise UserError(
+            f"condition.frames: {condition.frames} frames are of clips, and pictures have one; leave it out"
+        )
     if len(first) + len(last) > frames - factor:  # a latent frame at least is made
         raise UserError(
             f"frames: {len(first) + len(last)} given frames leave none of {frames} to make; give fewer, or take more"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sora_lite.models.layers import MLP, CrossAttention, InnerAttention, SelfAttention, Span, attend, modulate
+from sora_lite.models.linear import Linear
 from sora_lite.models.patch import Grid
 from sora_lite.models.positions import rotate
 
@@ -50,7 +51,7 @@ class PerBlock(nn.Module):
     def __init__(self, width: int, parts: int) -> None:
         super().__init__()
         self.parts = parts
-        self.linear = nn.Linear(width, parts * width)
+        self.linear = Linear(width, parts * width)
 
     def forward(self, condition: Tensor) -> Tensor:  # B D -> B parts D
         return self.linear(condition).unflatten(-1, (self.parts, -1))
@@ -159,7 +160,7 @@ class FinalLayer(nn.Module):
     def __init__(self, style: BlockStyle, out_features: int) -> None:
         super().__init__()
         self.norm, self.modulation = style.norm(), style.modulator(2)
-        self.out = nn.Linear(style.width, out_features)
+        self.out = Linear(style.width, out_features)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # B N D -> B N out_features
         shift, scale = self.modulation(condition).unbind(1)

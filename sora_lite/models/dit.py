@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from sora_lite.models.blocks import BlockStyle, DiTBlock, FinalLayer, JointBlock, PerBlock
 from sora_lite.models.conditions import Conditions
 from sora_lite.models.layers import TimestepEmbedding
+from sora_lite.models.linear import Linear
 from sora_lite.models.patch import Grid, patchify, token_grid, unpatchify
 from sora_lite.models.positions import Scaling, rotation, sincos
 from sora_lite.models.text import ByteTextEncoder, TextProjection
@@ -97,8 +98,8 @@ class VideoDiT(nn.Module):
             raise ValueError("text is read as bytes, or as features (text_features, pooled_features), not both")
 
         cells = self.patch[0] * self.patch[1] * self.patch[2]
-        self.embed = nn.Linear(channels * cells, width)
-        self.embed_frames = nn.Linear((channels + 1) * cells, width, bias=False) if frame_conditions else None
+        self.embed = Linear(channels * cells, width)
+        self.embed_frames = Linear((channels + 1) * cells, width, bias=False) if frame_conditions else None
         self.embed_time = TimestepEmbedding(width, time_frequencies)
         self.embed_label = nn.Embedding(num_classes + 1, width) if num_classes else None
         self._build_text(text, text_features, text_tokens, pad_text, pooled_features)
@@ -121,12 +122,12 @@ class VideoDiT(nn.Module):
         self.pooled_features = pooled
         if text:
             self.text = ByteTextEncoder(**text)
-            self.pool_text = nn.Linear(self.text.width, self.width)
-            self.embed_text = nn.Linear(self.text.width, self.width) if self.joint else None
+            self.pool_text = Linear(self.text.width, self.width)
+            self.embed_text = Linear(self.text.width, self.width) if self.joint else None
         elif features:
             self.text = TextProjection(features, self.width, tokens=tokens, pad=pad)
         if pooled:
-            self.pool_text = nn.Sequential(nn.Linear(pooled, self.width), nn.SiLU(), nn.Linear(self.width, self.width))
+            self.pool_text = nn.Sequential(Linear(pooled, self.width), nn.SiLU(), Linear(self.width, self.width))
 
     def _blocks(self, style: BlockStyle, depth: int, context: int | None, cross_norm: bool) -> Iterator[nn.Module]:
         """context: width of the text; None for a model without."""

@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sora_lite.models.linear import Linear
 from sora_lite.models.positions import rotate
 from sora_lite.models.rms_norm import RMSNorm
 
@@ -59,11 +60,11 @@ class SelfAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.heads, self.span = heads, span
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = Linear(width, 3 * width)
         self.norm_q = QKNorm(width, heads, qk_norm)
         self.norm_k = QKNorm(width, heads, qk_norm)
         self.inner = InnerAttention()
-        self.out: nn.Module = nn.Linear(width, width)
+        self.out: nn.Module = Linear(width, width)
 
     def forward(self, x: Tensor, rope: Tensor | None = None, mask: Tensor | None = None, frames: int = 1) -> Tensor:
         """x: B N D; rope: of `positions.rotation`; mask: B 1 1 N, for span "all" only; frames: T, by which the other
@@ -92,12 +93,12 @@ class CrossAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.heads = heads
-        self.q = nn.Linear(width, width)
-        self.kv = nn.Linear(context_width, 2 * width)
+        self.q = Linear(width, width)
+        self.kv = Linear(context_width, 2 * width)
         self.norm_q = QKNorm(width, heads, qk_norm)
         self.norm_k = QKNorm(width, heads, qk_norm)
         self.inner = InnerAttention()
-        self.out = nn.Linear(width, width)
+        self.out = Linear(width, width)
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
         """x: B N D; context: B M C; mask: B 1 1 M, True where a context token is real."""
@@ -114,7 +115,7 @@ class MLP(nn.Sequential):
         self, width: int, hidden: int, out: int | None = None, *, gelu: Literal["erf", "tanh"] = "erf"
     ) -> None:
         approximate = "tanh" if gelu == "tanh" else "none"
-        super().__init__(nn.Linear(width, hidden), nn.GELU(approximate), nn.Linear(hidden, out or width))
+        super().__init__(Linear(width, hidden), nn.GELU(approximate), Linear(hidden, out or width))
 
 
 class TimestepEmbedding(nn.Module):
@@ -130,7 +131,7 @@ class TimestepEmbedding(nn.Module):
     def __init__(self, width: int, last_frequency: int = FREQUENCIES) -> None:
         super().__init__()
         self.last_frequency = last_frequency
-        self.mlp = nn.Sequential(nn.Linear(2 * self.FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(Linear(2 * self.FREQUENCIES, width), nn.SiLU(), Linear(width, width))
 
     def forward(self, time: Tensor) -> Tensor:  # B -> B D
         exponent = torch.arange(self.FREQUENCIES, device=time.device, dtype=torch.float32) / self.last_frequency

@@ -13,6 +13,7 @@ from torch import nn
 from sora_lite.config import VAEConfig, VAELossConfig
 from sora_lite.data.batch import ClipBatch
 from sora_lite.data.order import hash_seed
+from sora_lite.errors import UserError
 from sora_lite.evaluation.page import contact_sheet
 from sora_lite.generation.pipeline import seeded_normal, to_float, to_uint8
 from sora_lite.models.vae import CausalVAE, Posterior
@@ -127,6 +128,11 @@ class VAEObjective:
             total[1] += (weight * mean).sum((0, 2, 3, 4))
             total[2] += (weight * (mean.square() + variance)).sum((0, 2, 3, 4))
         count, first, second = self.rank.sum(total)
+        if not count.all():
+            raise UserError(
+                "data.shards: none of the clips that the statistics of latents are taken of can be read; "
+                "`sora-data verify` says which shards are damaged"
+            )
         mean = first / count
         vae.latent_mean.copy_(mean)
         vae.latent_std.copy_((second / count - mean.square()).clamp_min(1e-12).sqrt())

@@ -19,6 +19,7 @@ from sora_lite.data.index import Index
 from sora_lite.data.loader import ClipLoader
 from sora_lite.evaluation.record import RECORD, read_record
 from sora_lite.generation.export import load_vae
+from sora_lite.models import linear
 from sora_lite.parallel.env import Rank
 from sora_lite.training.objective_dit import DiTObjective
 from sora_lite.training.objective_vae import VAEObjective
@@ -42,6 +43,7 @@ def settings(kind: str, tiny: Tiny) -> Any:
 
 def train_at_every_layout(rank: Rank, root: str, configs: dict[str, Any]) -> dict[str, list[float]]:
     """The recorded loss of each step, by kind, stage and accumulation: real runs, one after another."""
+    linear.LARGE = 1  # the product of large layers at every stage, against torch's
     found = {}
     for kind, stage, accumulation in itertools.product(KINDS, STAGES, ACCUMULATIONS):
         name = f"{kind}-{stage}-{accumulation}"

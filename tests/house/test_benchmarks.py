@@ -17,6 +17,7 @@ from project_tree import ROOT
         ("step", ("ZeRO 0", "ZeRO 3")),
         ("cuts", ("detector=luma", "detector=transnet")),
         ("packing", ("sora_lite", "together")),
+        ("linear", ("to weights", "1,280 x 768 x 3,072")),
         ("decoding", ("plain PyAV", "decoder=pyav")),
         pytest.param("dit", ("sora_lite", "CogVideoX"), marks=pytest.mark.timeout(600)),  # compiles four models
     ],

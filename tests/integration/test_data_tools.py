@@ -138,6 +138,7 @@ def test_a_second_run_does_nothing_and_other_settings_are_refused(
     before = files_of(tmp_path / "s")
     assert sora_data(*run) == 0
     assert files_of(tmp_path / "s") == before
+    (tmp_path / "empty").mkdir()
     capsys.readouterr()
     for arguments, words in [
         ((*run, "pack.crf=30"), "other settings"),
@@ -149,13 +150,14 @@ def test_a_second_run_does_nothing_and_other_settings_are_refused(
         ((*run, "filter.rules=[{score: motion}]"), "needs one of"),
         ((*run, "config=nowhere.yaml"), "nowhere.yaml"),
         (("run", tmp_path / "nowhere", tmp_path / "t"), "no such folder"),
+        (("probe", tmp_path / "empty", tmp_path / "t"), "holds no videos"),
         (("verify", tmp_path / "t"), "manifest.json"),
         (("split", tmp_path / "t"), "sora-data run"),
     ]:
         assert sora_data(*arguments) == 2
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith("error: ") and words in error
-    assert files_of(tmp_path / "s") == before
+    assert files_of(tmp_path / "s") == before and not (tmp_path / "t").exists()
 
 
 def test_nothing_usable_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_inputs import Tiny
+from tiny_inputs import Plain, Tiny
 from torch import Tensor, nn
 
 from sora_lite.cli.compose import compose
@@ -22,9 +22,11 @@ from sora_lite.generation.export import load_vae
 from sora_lite.generation.pipeline import to_float
 from sora_lite.models.conditions import Conditions
 from sora_lite.models.text import PAD
+from sora_lite.models.vae import CausalVAE
 from sora_lite.parallel.env import Rank
 from sora_lite.training.objective import HeldOut
 from sora_lite.training.objective_dit import DiTObjective
+from sora_lite.training.objective_vae import VAEObjective
 
 STEPS, BATCH = 4, 8
 SHAPE = (17, 32, 32)
@@ -308,3 +310,14 @@ class TestDamage:
         ((damaged, weights),) = held_out().batches()
         assert weights.tolist() == [1, 1, 0, 1]
         assert damaged.video[[0, 1, 3]].equal(batch.video[[0, 1, 3]])
+
+    def test_statistics_of_nothing_but_damage_are_refused(self, copy: Path) -> None:
+        config = compose("train_vae", ["experiment=tiny_vae", f"data.shards={copy}"])
+        objective = VAEObjective(config.vae, config.loss, seed=0, rank=ALONE)
+        vae = objective.module
+        assert isinstance(vae, CausalVAE)
+        damage(copy, "train", lambda key: True)
+        clips = HeldOut(Index.load(copy, "train"), count=4, shape=SHAPE, fps=None, rank=ALONE, batch=4)
+        with torch.no_grad(), pytest.raises(UserError, match="none of the clips that the statistics"):
+            objective.finish(Plain(vae), clips)
+        assert vae.latent_std.isfinite().all()

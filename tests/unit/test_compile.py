@@ -8,11 +8,18 @@ from test_dit import MODELS, conditions_for, inputs, make
 
 from sora_lite.config import ParallelConfig
 from sora_lite.errors import UserError
+from sora_lite.models import linear
 from sora_lite.models.dit import VideoDiT
 from sora_lite.parallel.apply import apply_activation_checkpointing, apply_compile, apply_parallel
 
 SIZES = [(2, 1, 4, 6), (1, 3, 4, 6), (3, 3, 4, 6), (2, 5, 8, 4), (2, 2, 2, 8), (3, 9, 4, 4)]
 """Batch, latent frames and cells: stills, single samples, and clips that differ in all sizes."""
+
+
+@pytest.fixture(autouse=True)
+def some_large_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both kinds of products in each block."""
+    monkeypatch.setattr(linear, "LARGE", 2**11)
 
 
 def gradients(model: VideoDiT, batch: int, *shape: int) -> dict[str, torch.Tensor]:

@@ -165,6 +165,7 @@ def test_pictures_and_clips_are_read_into_place(tmp_path) -> None:
         ("cannot be read", {"first": str(tmp_path / "text.png")}),
         (r"frames: 6 is not of the form 4k\+1", {"first": clip_path, "frames": 6}),
         ("has 9 frames, not 13", {"last": clip_path, "frames": 13}),
+        ("pictures have one; leave it out", {"first": picture, "frames": 9}),
         ("leave none of 17 to make", {"first": clip_path, "last": clip_path, "frames": 9}),
     ]:
         with pytest.raises(UserError, match=says):

@@ -1,11 +1,16 @@
 """Parts of the transformers in their fast forms, against torch's own and plain ones."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import gradcheck
+from torch.profiler import ProfilerActivity, profile
 
+from sora_lite.models import linear
 from sora_lite.models.layers import modulate
+from sora_lite.models.linear import Linear
 from sora_lite.models.rms_norm import RMSNorm, _RMSNorm
 
 
@@ -54,6 +59,69 @@ def test_rms_norm_of_mixed_precision_is_torchs() -> None:
     x = packed(dtype=torch.bfloat16)
     assert torch.equal(ours(x), torchs(x)) and ours(x).dtype == torchs(x).dtype
     assert ours.to("meta")(x.to("meta")).dtype == torchs(x).dtype
+
+
+def make_linear(kind: type[nn.Linear] = Linear, *, bias: bool = True) -> nn.Linear:
+    """Just large enough."""
+    torch.manual_seed(0)
+    return kind(256, linear.LARGE // 256, bias=bias)
+
+
+def derivatives(layer: nn.Linear, x: Tensor) -> list[Tensor]:
+    """Output, and gradients of the input and of all parameters that train."""
+    layer.zero_grad()
+    x = x.detach().requires_grad_()
+    y = layer(x)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)))
+    found = [x.grad, layer.weight.grad, None if layer.bias is None else layer.bias.grad]
+    return [y.detach(), *(one for one in found if one is not None)]
+
+
+def agree(one: list[Tensor], other: list[Tensor]) -> None:
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * math.sqrt(b.numel() / b.shape[-1]))
+
+
+X = torch.randn(2, 3, 256, generator=torch.Generator().manual_seed(2))
+INPUTS = {
+    "tokens": X, "sample": X[0], "one": X[0, 0], "strided": X.transpose(0, 1), "expanded": X[:1, :1].expand(2, 3, -1),
+    "none": X[:, :0],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("x", INPUTS.values(), ids=INPUTS.keys())
+@pytest.mark.parametrize("bias", [True, False])
+def test_large_linear_equals_torchs_own(x: Tensor, bias: bool) -> None:
+    agree(derivatives(make_linear(bias=bias), x), derivatives(make_linear(nn.Linear, bias=bias), x))
+
+
+def test_frozen_large_linear_passes_the_gradient_on() -> None:
+    ours, torchs = make_linear().requires_grad_(False), make_linear(nn.Linear).requires_grad_(False)
+    found = derivatives(ours, X)
+    assert len(found) == 2
+    agree(found, derivatives(torchs, X))
+
+
+def test_only_large_linears_in_float32_take_onednns_product() -> None:
+    def products(layer: nn.Module, x: Tensor) -> int:
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            layer(x)
+        return sum(event.count for event in seen.key_averages() if event.key == "mkldnn::_linear_pointwise")
+
+    assert products(make_linear(), X) == linear.ONEDNN
+    assert not products(Linear(256, linear.LARGE // 256 - 1), X)
+    assert not products(make_linear().to(torch.bfloat16), X.to(torch.bfloat16))
+    assert not products(make_linear().to("meta"), X.to("meta"))
+
+
+def test_compiled_large_linear_is_one_graph_for_all_sizes() -> None:
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    layer, eager = make_linear(), make_linear()
+    layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=True)
+    for x in (X, X[:, :2].repeat(2, 1, 1), X.repeat(1, 3, 1)):
+        agree(derivatives(layer, x), derivatives(eager, x))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -1,0 +1,69 @@
+"""A linear layer whose large matrix products are oneDNN's on CPUs."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+ONEDNN = torch.backends.mkldnn.is_available()
+LARGE = 2**17
+"""Weights of a layer from which on the faster product is worth the longer way to it."""
+
+
+class Linear(nn.Linear):
+    """`nn.Linear`, with the same results to rounding.
+
+    Torch has two libraries for matrix products on CPUs, and in float32 it asks MKL. The other one, oneDNN, is faster
+    forward and on the way back to x (`python -m benchmarks linear`), but not on the way back to the weights.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: ... in_features. Returns ... out_features."""
+        large = ONEDNN and self.in_features * self.out_features >= LARGE
+        if large and x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32:
+            y = _Linear.apply(x.reshape(-1, self.in_features), self.weight, self.bias)
+            return y.view(*x.shape[:-1], self.out_features)
+        return super().forward(x)
+
+
+class _Linear(torch.autograd.Function):
+    """y = x W^T + b, where x is n x in_features."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """dx = g W, dW = g^T x, db = sum of g."""
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            product(grad, weight.t()) if needs_x else None,
+            grad.t() @ x if needs_weight else None,
+            grad.sum(0) if needs_bias else None,
+        )
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b by oneDNN, without derivatives. x: n x in_features.
+
+    weight must be contiguous, or the transpose of what is: for others oneDNN has a code that is a thousand times slower.
+    """
+    # torch.compile makes no code of oneDNN's products by weights that change, so there it must not see what this is.
+    return _opaque(x, weight, bias) if torch.compiler.is_compiling() else _onednn(x, weight, bias)
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+_opaque = torch.library.custom_op("sora_lite::product", _onednn, mutates_args=(), device_types="cpu")
+
+
+@_opaque.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])

@@ -51,7 +51,7 @@ class _Linear(torch.autograd.Function):
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b by oneDNN, without derivatives. x: n x in_features.
 
-    weight must be contiguous, or the transpose of what is: for others oneDNN has a code that is a thousand times slower.
+    weight must be contiguous, or the transpose of what is: for others oneDNN's code is a thousand times slower.
     """
     # torch.compile makes no code of oneDNN's products by weights that change, so there it must not see what this is.
     return _opaque(x, weight, bias) if torch.compiler.is_compiling() else _onednn(x, weight, bias)

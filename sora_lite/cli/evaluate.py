@@ -22,7 +22,7 @@ from sora_lite.diffusion.process import Process
 from sora_lite.errors import UserError
 from sora_lite.evaluation.judge import Judge, accuracy, nearest_distances, psnr_db, train_judge
 from sora_lite.generation.export import Contract, load_dit
-from sora_lite.generation.pipeline import Pipeline, Request, to_float, to_uint8
+from sora_lite.generation.pipeline import Pipeline, Request, check_sampling, to_float, to_uint8
 from sora_lite.generation.text import open_encoders, reads_text
 from sora_lite.models.vae import CausalVAE
 from sora_lite.parallel.env import local_device
@@ -68,6 +68,8 @@ def main(config: EvaluateConfig) -> None:
     out = Path(config.out)
     if out.is_dir():
         raise UserError(f"out: {out} is a folder; name a file such as {out / 'evaluation.json'}")
+    if blocking := [path for path in out.parents if path.is_file()]:
+        raise UserError(f"out: {blocking[0]} is a file; name a file in a folder")
     figures = evaluate(config)
     out.parent.mkdir(parents=True, exist_ok=True)
     replace_file(out, json.dumps(figures, indent=2).encode() + b"\n")
@@ -81,6 +83,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     dit, vae, contract = load_dit(Path(config.model_from))
     if config.frames and dit.embed_frames is None:
         raise UserError("frames: this model reads no frames; train one with model.frame_conditions=true")
+    check_sampling(config.sampling, Process(**contract.diffusion), vae.latent_channels)
     encoders = open_encoders(config, contract.architecture, local_device(), contract.text_encoders)
     shards = locate(config.shards, "shards")
     train = LabelledClips(shards, "train", config.attributes, contract)

@@ -1,5 +1,6 @@
 """`sora-lite export`: a run's newest checkpoint as safetensors with a contract, for inference."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,13 @@ def main(config: ExportConfig) -> None:
         ready = (run / "export.json").is_file()  # an import, or another export
         if ready and (config.weights != "ema" or config.init_from is not None):
             raise UserError(f"weights, init_from: {run} is an export, whose weights are as they are; leave them out")
-        source = run if ready else export(run, None, config.weights, config.init_from)
         out = out or run / "diffusers"
-        write_folder(source, out)
+        if ready:
+            write_folder(run, out)
+        else:  # an export on the way, which leaves the one that the run may have as it is
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as between:
+                write_folder(export(run, Path(between), config.weights, config.init_from), out)
     else:
         out = export(run, out, config.weights, config.init_from)
     print(f"exported to {out}")
@@ -85,6 +90,8 @@ def merge(folder: Path, lora: dict[str, Any], trained: dict[str, Tensor], init_f
     base = init_from or lora["init_from"]
     adapters = Adapters(**lora["adapters"])
     frozen, contract = exports.read_weights(Path(base), "dit")
+    if exports.read_contract(Path(base), "dit")[0].resolve() == folder.parent.resolve():
+        raise UserError(f"out: {folder.parent} is what the adapters stand on, and would be lost; name another folder")
     if contract.sha256 != lora["sha256"]:
         raise UserError(
             f"init_from: {base} holds other weights than those that the adapters were trained on (SHA-256 "

@@ -72,10 +72,11 @@ def scaling(choice: PositionScaling, trained: Grid, dit: VideoDiT) -> Scaling | 
 
 def check(config: GenerateConfig) -> None:
     """Raise UserError for what would otherwise show only after the clips are made."""
-    if Path(config.out).is_file():
-        raise UserError(f"out: {config.out} is a file; name a folder")
-    if config.shards:
-        Manifest.load(locate(config.shards, "shards"))
+    out = Path(config.out)
+    if blocking := [path for path in (out, *out.parents) if path.is_file()]:
+        raise UserError(f"out: {blocking[0]} is a file; name a folder")
+    if config.shards and (content := Manifest.load(locate(config.shards, "shards")).content) != "clips":
+        raise UserError(f"shards: {config.shards} holds {content}, not clips; name the shards that they were made of")
     if config.run and not (Path(config.run) / RECORD).is_file():
         raise UserError(f"run: {Path(config.run) / RECORD} does not exist; name the folder of a training run")
 

@@ -37,7 +37,7 @@ def main(config: InspectConfig) -> None:
 
 def latent_of(model: DiTConfig) -> list[int]:
     """Channels, frames, height and width of the latent for which a model was made."""
-    image = model.num_classes > 0 and model.text is None and not model.text_features
+    image = model.num_classes > 0 and model.text is None and not (model.text_features or model.pooled_features)
     return IMAGE if image else VIDEO
 
 

@@ -209,6 +209,8 @@ def _check_generate(config: GenerateConfig) -> None:
     _at_least(1, config, "frames")
     _require(config.fps is None or 0.01 <= config.fps <= 1e6, "fps", f"must lie in [0.01, 1e6], not {config.fps}")
     _require(min(config.labels, default=0) >= 0, "labels", f"must be at least 0, not {config.labels}")
+    for key, texts in (("prompts", config.prompts), ("negative_prompt", [config.negative_prompt])):
+        _require(all(map(_is_text, texts)), key, "holds bytes that are no text in UTF-8; write it in UTF-8")
     given = config.condition
     _require(
         given.first is not None or given.last is not None or given.frames == ConditionConfig().frames,
@@ -217,6 +219,11 @@ def _check_generate(config: GenerateConfig) -> None:
     )
     size = config.resolution
     _require(size is None or (len(size) == 2 and min(size) >= 1), "resolution", f"must be [height, width], not {size}")
+
+
+def _is_text(words: str) -> bool:
+    """Whether it can be encoded: what a shell passes on need not be UTF-8."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in words)
 
 
 def _check_dit(model: DiTConfig) -> None:
@@ -254,11 +261,23 @@ def _check_dit(model: DiTConfig) -> None:
         "and model.pooled_features are instead of the encoder over bytes; set model.text=null",
     )
     _require(not model.pad_text or model.text_features > 0, "model.pad_text", "needs model.text_features")
+    _require(
+        features or model.text_tokens == DiTConfig().text_tokens,
+        "model.text_tokens",
+        "is of frozen text encoders; bytes are cut at model.text.max_bytes",
+    )
+    _require(
+        model.positions is Positions.rope or model.rope_theta == DiTConfig().rope_theta,
+        "model.rope_theta",
+        "needs model.positions=rope",
+    )
     if model.text_attention is TextAttention.joint:
         reads = model.text is not None or model.text_features > 0
         _require(reads, "model.text_attention", "joint needs text; set model.text or model.text_features")
         full = model.attention is Attention.full
         _require(full, "model.text_attention", "joint needs model.attention=full; factorised blocks take cross")
+        cross = model.cross_norm == DiTConfig().cross_norm
+        _require(cross, "model.cross_norm", "is of cross-attention; leave it out, or take model.text_attention=cross")
     even = model.attention is Attention.full or model.depth % 2 == 0
     _require(even, "model.depth", f"{model.depth} must be even: factorised blocks come in pairs of frame and time")
     _require(

@@ -96,7 +96,7 @@ def read_contract(folder: Path, kind: str) -> tuple[Path, Contract]:
         if (folder / "export" / _CONTRACT).is_file():
             folder = folder / "export"
         else:
-            raise UserError(f"{folder}: holds no export; {_cure(folder)}")
+            raise UserError(f"{folder}: holds no export; {_cure(folder, kind)}")
     path = folder / _CONTRACT
     try:
         values = json.loads(path.read_text())
@@ -111,12 +111,14 @@ def read_contract(folder: Path, kind: str) -> tuple[Path, Contract]:
     return folder, contract
 
 
-def _cure(folder: Path) -> str:
-    """How to get an export of what lies in a folder."""
+def _cure(folder: Path, kind: str) -> str:
+    """How to get an export of that kind from what lies in a folder."""
     if (folder / "adapter_config.json").is_file():
         return "adapters are read with the export around them: name that"
     if any((folder / part / "config.json").is_file() for part in (".", "transformer")):
-        return f"take the model of diffusers in with `sora-lite import weights_from={folder} out=...`"
+        if kind == "vae":
+            return "VAEs of others are not read; name a run of `sora-lite train-vae`, or an export of one"
+        return f"a DiT of diffusers is taken in with `sora-lite import weights_from={folder} out=...`"
     return f"make one with `sora-lite export run={folder}`"
 
 

@@ -402,6 +402,8 @@ def config_of(layout: str, architecture: Mapping[str, Any], latent: tuple[int, i
             "attention_bias": True, "norm_elementwise_affine": False, "norm_eps": 1e-6,
         }  # fmt: skip
     if layout == "dit":
+        if latent[0] != 1:
+            raise ValueError(f"{CLASSES[layout]} is of stills, and the clips have {latent[0]} latent frames")
         config |= {"norm_type": "ada_norm_zero", "num_embeds_ada_norm": given["num_classes"]}
     if layout == "latte":
         config |= {

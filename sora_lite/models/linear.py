@@ -1,10 +1,16 @@
 """A linear layer whose large matrix products are oneDNN's on CPUs."""
 
+import os
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    # oneDNN and torch's layer above it keep code for each number of rows, half a MiB apiece and by default 1,024 times.
+    # Both look here at their first product. To make it again takes a millisecond.
+    os.environ.setdefault(_cache, "128")
 
 ONEDNN = torch.backends.mkldnn.is_available()
 LARGE = 2**17
@@ -21,7 +27,8 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x: ... in_features. Returns ... out_features."""
         large = ONEDNN and self.in_features * self.out_features >= LARGE
-        if large and x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32:
+        here = x.device.type == self.weight.device.type == "cpu"
+        if large and here and x.dtype == self.weight.dtype == torch.float32:
             y = _Linear.apply(x.reshape(-1, self.in_features), self.weight, self.bias)
             return y.view(*x.shape[:-1], self.out_features)
         return super().forward(x)
@@ -58,6 +65,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    bias = None if bias is None else bias.contiguous()  # it is read as if it were
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 

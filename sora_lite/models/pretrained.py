@@ -112,6 +112,18 @@ def _parts(folder: Path) -> tuple[Path, Path]:
     return folder, folder
 
 
+def _check_tokenizer(tokenizer: Any, vocabulary: int) -> None:
+    """Raise ValueError for one that the model cannot be asked with."""
+    if tokenizer.pad_token_id is None:
+        raise ValueError("its tokenizer has no token for padding")
+    # Where the file of the vocabulary is missing, transformers makes a tokenizer to which all words are one.
+    one, other = (set(tokenizer(word)["input_ids"]) for word in ("a", "the"))
+    if one == other:
+        raise ValueError("its tokenizer knows no word; the file of its vocabulary is missing")
+    if len(tokenizer) > vocabulary:
+        raise ValueError(f"its tokenizer has {len(tokenizer):,} tokens, its weights {vocabulary:,}")
+
+
 def _load(folder: Path, device: torch.device) -> tuple[Any, Any]:
     """(model, tokenizer) of a folder."""
     import transformers  # seconds, and only models with such an encoder need it
@@ -131,6 +143,7 @@ def _load(folder: Path, device: torch.device) -> tuple[Any, Any]:
         if told["missing_keys"]:  # which transformers draws at random
             raise ValueError(f"its weights lack {min(told['missing_keys'])}")
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(words), **local)
+        _check_tokenizer(tokenizer, config.vocab_size)
     except UserError:
         raise
     except Exception as error:  # damaged files and rubbish in config.json raise of every kind

@@ -49,6 +49,11 @@ def adapt(module: nn.Module, architecture: dict[str, Any], lora: LoraConfig, ini
         layers = linear_layers(module, lora.targets)
     except ValueError as error:
         raise UserError(f"lora.targets: {error}") from error
+    full = max(min(module.get_parameter(f"{name}.weight").shape) for name in layers)
+    if lora.rank > full:
+        raise UserError(
+            f"lora.rank: {lora.rank} is above the full rank of these layers, {full}; take a small part of it"
+        )
     for name, ours in architecture.items():
         theirs = contract.architecture.get(name, ours)
         # The width of the MLPs is a shape, which is compared below; its ratio may be rounded.

@@ -112,6 +112,10 @@ RULES: dict[str, tuple[Rule, str]] = {
 """Setting, or node of settings: what a start may do with it, and why. Each setting falls under one entry."""
 
 
+_SHAPES = ("model", "vae", "lora")
+"""Settings that may decide which weights there are."""
+
+
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Change:
     """What was accepted at one start of a run.
@@ -223,9 +227,10 @@ def go_on(
     refused = [(key, text) for key, text in differences if not any(_covers(one, key) for one in accepted)]
     if refused:
         names = ",".join(dict.fromkeys([*accepted, *(key for key, _ in refused)]))
+        fits = " where the weights still fit" if any(_covers(one, key) for one in _SHAPES for key, _ in refused) else ""
         raise UserError(
             f"{path}: was made with other settings: {'; '.join(text for _, text in refused)}; give the old ones to go "
-            f"on, 'run.accept=[{names}]' to change them from step {step} on, or give run.name another name"
+            f"on, 'run.accept=[{names}]' to change them from step {step} on{fits}, or give run.name another name"
         )
     changes = [Change(**one) for one in saved["data"]["changes"]]
     if differences:

@@ -263,6 +263,7 @@ class TestExport:
         assert "the model has labels 0 to 9" in refused("generate", model, "labels=[10]")
         assert "nothing to generate" in refused("generate", model)
         assert "one per prompt" in refused("generate", model, "labels=[1]", "prompts=[a, b]")
+        assert refused("generate", model, 'prompts=["a\udcffb"]').startswith("prompts: holds bytes that are no text")
         assert "frames" in refused("generate", model, "labels=[1]", "frames=18")
         line = refused("generate", model, "labels=[1]", "sampling.guidance=1e38", "sampling.steps=2")
         assert line.startswith("sampling: the latents are not finite")
@@ -272,6 +273,9 @@ class TestExport:
         file.write_text("")
         line = refused("generate", f"model_from={run}", "labels=[1]", f"out={file}", "sampling.steps=999")
         assert line == f"out: {file} is a file; name a folder"
+        assert line == refused("generate", f"model_from={run}", "labels=[1]", f"out={file / 'a' / 'b'}")
+        line = refused("evaluate", f"model_from={run}", "shards=nowhere", f"out={file / 'a.json'}")
+        assert line.startswith(f"out: {file} is a file")
         assert str(file) in refused("export", f"run={run}", f"out={file}")
         line = refused("evaluate", f"model_from={run}", "shards=nowhere", f"out={tmp_path}")
         assert line.startswith(f"out: {tmp_path} is a folder")
@@ -279,6 +283,8 @@ class TestExport:
     def test_frames_of_a_model_that_reads_none(self, trained: Path, tmp_path: Path, refused: Refused) -> None:
         words = [f"model_from={trained / 'tiny'}", "shards=nowhere", f"out={tmp_path / 'out.json'}", "frames=[first]"]
         assert refused("evaluate", *words).startswith("frames: this model reads no frames")
+        line = refused("evaluate", *words[:3], "sampling.sampler=ddpm")
+        assert line.startswith("sampling.sampler: ddpm does not serve rectified_flow")
 
     def test_settings_that_would_do_nothing(self, trained: Path, refused: Refused) -> None:
         run = trained / "tiny"

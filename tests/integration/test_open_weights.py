@@ -115,6 +115,7 @@ def test_training_goes_on_from_wan(tiny: Tiny, tmp_path: Path) -> None:
         not torch.equal(tensor, again.state_dict()[name]) for name, tensor in tiny_wan(text=16).state_dict().items()
     ]
     assert any(moved)
+    assert call("export", f"run={tmp_path / 'tiny'}") == 0
     made = f"out={tmp_path / 'clips'}"
     asked = ["generate", f"model_from={tmp_path / 'tiny'}", "prompts=[a dog]", "sampling.steps=1", made]
     assert call(*asked, f"text_from={pipeline}") == 0
@@ -131,6 +132,7 @@ def test_a_latte_that_was_trained_here(tiny: Tiny, tmp_path: Path) -> None:
     run = [f"data.shards={tiny.shards}", f"vae_from={tiny.vae}", f"run.root={tmp_path}", f"text_from={text}"]
     assert call("train", "experiment=tiny", "run.steps=1", "run.validate_every=0", *run, *model) == 0
     assert call("export", f"run={tmp_path / 'tiny'}", "layout=diffusers") == 0
+    assert call("export", f"run={tmp_path / 'tiny'}") == 0
     theirs = diffusers.LatteTransformer3DModel.from_pretrained(tmp_path / "tiny/diffusers").eval()
     ours, vae, contract = load_dit(tmp_path / "tiny")
     shape = vae.latent_shape(*contract.clip)
@@ -243,6 +245,8 @@ def test_what_cannot_be_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -
     (tmp_path / "wan/config.json").write_text(json.dumps(config))
     assert call("generate", f"model_from={tmp_path / 'wan'}", "prompts=[a]", f"out={tmp_path / 'clips'}") == 2
     assert f"`sora-lite import weights_from={tmp_path / 'wan'} out=...`" in capsys.readouterr().err
+    assert call("train", "experiment=tiny", "data.shards=none", f"vae_from={tmp_path / 'wan'}") == 2
+    assert "VAEs of others are not read" in capsys.readouterr().err
     assert call("import", f"weights_from={tmp_path / 'wan'}", f"out={tmp_path / 'no'}", "heads=2") == 2
     assert "heads: is for a .pt file" in capsys.readouterr().err
     weights = load_file(tmp_path / "wan/diffusion_pytorch_model.safetensors")

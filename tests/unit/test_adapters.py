@@ -180,7 +180,7 @@ def test_export_and_import_are_bitwise(kind: str) -> None:
         name: one.shape for name, one in ours.items()
     }
     if kind != "paper":
-        config = config_of(kind, architecture, (3, 8, 8))
+        config = config_of(kind, architecture, (1 if kind == "dit" else 3, 8, 8))
         assert {key: value for key, value in config.items() if theirs.config.get(key, value) != value} in (
             {}, {"norm_eps": 1e-6}, {"patch_size": [1, 2, 2]},
         )  # fmt: skip
@@ -243,6 +243,8 @@ def test_what_is_another_model_is_refused() -> None:
                     architecture_of(kind, config | {key: value})
         with pytest.raises(ValueError, match="is of squares, and the clips are of 8 x 16 cells"):
             config_of(kind, KINDS[kind](1)[1], (1, 8, 16))
+    with pytest.raises(ValueError, match="is of stills, and the clips have 5 latent frames"):
+        config_of("dit", KINDS["dit"](1)[1], (5, 8, 8))
     table = paper(1)[0].pos_embed
     width = table.shape[2]
     check_positions(table, width)

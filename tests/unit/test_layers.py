@@ -95,6 +95,15 @@ def test_large_linear_equals_torchs_own(x: Tensor, bias: bool) -> None:
     agree(derivatives(make_linear(bias=bias), x), derivatives(make_linear(nn.Linear, bias=bias), x))
 
 
+def test_large_linear_with_a_strided_bias_and_without_weights() -> None:
+    ours, torchs = make_linear(), make_linear(nn.Linear)
+    for layer in (ours, torchs):
+        layer.bias = nn.Parameter(torch.arange(2.0 * layer.out_features)[::2])
+    agree(derivatives(ours, X), derivatives(torchs, X))
+    with pytest.raises(RuntimeError, match="device"):
+        make_linear().to("meta")(X)
+
+
 def test_frozen_large_linear_passes_the_gradient_on() -> None:
     ours, torchs = make_linear().requires_grad_(False), make_linear(nn.Linear).requires_grad_(False)
     found = derivatives(ours, X)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from text_folders import PROMPTS, save_clip, save_t5
+from transformers import AutoTokenizer
 
 from sora_lite.errors import UserError
 from sora_lite.models.pretrained import FrozenTextEncoder
@@ -73,6 +74,20 @@ def test_what_is_no_such_folder_is_refused(folders: dict[str, Path], tmp_path: P
     (poor / "model.safetensors").write_bytes((folders["t5"] / "model.safetensors").read_bytes()[:2000])
     with pytest.raises(UserError, match="is no text encoder"):
         FrozenTextEncoder(poor, max_tokens=16)
+    for kind, says in (("pad", "no token for padding"), ("words", "knows no word"), ("more", "has 15 tokens, its w")):
+        silent = Path(shutil.copytree(folders["t5"], tmp_path / kind))
+        tokenizer = AutoTokenizer.from_pretrained(silent)
+        if kind == "words":
+            (silent / "tokenizer.json").unlink()
+            (silent / "tokenizer_config.json").unlink()
+        elif kind == "more":
+            tokenizer.add_tokens("new")
+            tokenizer.save_pretrained(silent)
+        else:
+            config = json.loads((silent / "tokenizer_config.json").read_text())
+            (silent / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": None}))
+        with pytest.raises(UserError, match=says):
+            FrozenTextEncoder(silent, max_tokens=16)
     other = Path(shutil.copytree(folders["t5"], tmp_path / "other"))
     config = json.loads((other / "config.json").read_text()) | {"model_type": "bert"}
     (other / "config.json").write_text(json.dumps(config))

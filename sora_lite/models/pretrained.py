@@ -143,7 +143,7 @@ def _load(folder: Path, device: torch.device) -> tuple[Any, Any]:
         if told["missing_keys"]:  # which transformers draws at random
             raise ValueError(f"its weights lack {min(told['missing_keys'])}")
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(words), **local)
-        _check_tokenizer(tokenizer, config.vocab_size)
+        _check_tokenizer(tokenizer, model.config.vocab_size)
     except UserError:
         raise
     except Exception as error:  # damaged files and rubbish in config.json raise of every kind

@@ -27,6 +27,9 @@ _ADDED_BY_BLOCKS = r"|blocks\.\d+\.(video\.|text\.)?(attention\.out|mlp\.2)\."
 """The same of blocks whose gates are open from the start, since their modulation is that of all blocks. Blocks with a
 modulation of their own start with closed gates."""
 
+_KEYS = re.compile(r"\.text\.modulation\.")
+"""The modulation of text in a joint block, of which the last has but the shift and scale of its keys and values."""
+
 _MEANING = {
     "model": ("heads", "positions", "rope_theta", "attention", "gelu", "time_frequencies", "text_tokens", "pad_text"),
     "diffusion": ("objective", "noise_schedule", "zero_terminal_snr", "shift", "shift_by"),
@@ -117,6 +120,14 @@ def _take(
         if resized.shape == ours.shape:
             ours.copy_(resized)
             return Row(name=name, fate="resized", why=f"patch {list(old)} to {list(new)}")
+    if (
+        theirs is not None
+        and _KEYS.search(name)
+        and 3 * len(theirs) == len(ours)
+        and theirs.shape[1:] == ours.shape[1:]
+    ):
+        ours[: len(theirs)].copy_(theirs)
+        return Row(name=name, fate="resized", why="was of the last block, whose text has 2 of these 6 parts")
     why = "the export has none" if theirs is None else f"shape {list(ours.shape)}, not {list(theirs.shape)}"
     return Row(name=name, fate="new", why=why)
 

@@ -96,17 +96,22 @@ def test_new_pooled_text_changes_nothing_at_first_and_is_learned(source: Path) -
 
 
 @pytest.mark.parametrize("modulation", ["per_block", "shared"])
-def test_new_blocks_change_nothing_at_first_and_are_learned(source: Path, tmp_path: Path, modulation: str) -> None:
-    short, state = like(source, modulation=modulation)
+@pytest.mark.parametrize("attention", ["cross", "joint"])
+def test_new_blocks_change_nothing_at_first_and_are_learned(
+    source: Path, tmp_path: Path, modulation: str, attention: str
+) -> None:
+    short, state = like(source, modulation=modulation, text_attention=attention)
     for parameter in short.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     contract = replace(read_contract(source, "dit")[1], architecture=state["model"])
     export.write(tmp_path, contract, short.state_dict())
-    deep, state = like(source, modulation=modulation, depth=3)
+    deep, state = like(source, modulation=modulation, text_attention=attention, depth=3)
     new = fates(start_from(tmp_path, "dit", deep, state), "new")
-    assert new and all(name.startswith("blocks.2.") for name in new)
+    # What the text of a last joint block does not have is new where the block is no longer the last.
+    assert new and all(name.startswith(("blocks.2.", "blocks.1.text.")) for name in new)
+    assert attention == "joint" or not any(".text." in name for name in new)
     out = deep(LATENT, TIME, ASKED)
-    assert torch.equal(out, short(LATENT, TIME, ASKED))
+    torch.testing.assert_close(out, short(LATENT, TIME, ASKED), rtol=1e-5, atol=1e-5)
     out.square().sum().backward()
     assert any(parameter.grad.abs().max() > 0 for parameter in deep.blocks[2].parameters())
 

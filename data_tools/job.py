@@ -101,7 +101,7 @@ class Job:
     # ------------------------------------------------------------------------------------------------ stages
 
     def save_sources(self, sources: list[Source]) -> None:
-        """Remember what all stages are about."""
+        """Write them where all stages look for them: `.work/sources.parquet`."""
         table = pa.Table.from_pylist([source.to_row() for source in sources], schema=SOURCES_SCHEMA)
         write_table(self.own / "sources.parquet", table)
 

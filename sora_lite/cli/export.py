@@ -1,8 +1,9 @@
 """`sora-lite export`: a run's newest checkpoint as safetensors with a contract, for inference."""
 
-import tempfile
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -18,27 +19,42 @@ from sora_lite.training import restore, store
 def main(config: ExportConfig) -> None:
     """Export and say where it lies."""
     run, out = Path(config.run), Path(config.out) if config.out else None
-    if config.layout is Layout.diffusers:
-        ready = (run / "export.json").is_file()  # an import, or another export
-        if ready and (config.weights != "ema" or config.init_from is not None):
-            raise UserError(f"weights, init_from: {run} is an export, whose weights are as they are; leave them out")
-        out = out or run / "diffusers"
-        if ready:
-            write_folder(run, out)
-        else:  # an export on the way, which leaves the one that the run may have as it is
-            out.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as between:
-                write_folder(export(run, Path(between), config.weights, config.init_from), out)
+    if config.layout is Layout.sora_lite:
+        out = export(run, out or run / "export", config.weights, config.init_from)
     else:
-        out = export(run, out, config.weights, config.init_from)
+        out = (out or run / "diffusers").resolve()
+        for_diffusers(run, out, config)
     print(f"exported to {out}")
 
 
-def export(run: Path, out: Path | None, weights: str, init_from: str | None = None) -> Path:
-    """Write the export of a run. Returns its folder. init_from: of a run with adapters, where their base lies now.
+def for_diffusers(run: Path, out: Path, config: ExportConfig) -> None:
+    """Write a run, an export or an import as a folder of diffusers."""
+    if (run / "export.json").is_file():  # an import, or another export
+        if config.weights != "ema" or config.init_from is not None:
+            raise UserError(f"weights, init_from: {run} is an export, whose weights are as they are; leave them out")
+        write_folder(run, out)
+        return
+    between = out.with_name(f".{out.name}.partial")  # an export on the way: the one that the run may have stays
+    shutil.rmtree(between, ignore_errors=True)  # of a call that was killed
+    try:
+        write_folder(export(run, between, config.weights, config.init_from, config.layout), out)
+    finally:
+        shutil.rmtree(between, ignore_errors=True)
+
+
+def export(run: Path, out: Path, weights: str, init_from: str | None = None, layout: Layout = Layout.sora_lite) -> Path:
+    """Write the export of a run. Returns its folder.
+
+    Args:
+        run: folder of the run.
+        out: folder of the export.
+        weights: `ema` or `raw`.
+        init_from: of a run with adapters, where their base lies now.
+        layout: what becomes of the export.
 
     Raises:
-        UserError: there is no checkpoint, it is damaged, or has no such weights; or the base of adapters is missing.
+        UserError: there is no checkpoint, it is damaged, or has no such weights; the base of adapters is missing, or
+            would be written over; or the layout has no such model.
     """
     path = store.latest(run / "checkpoints")
     if path is None:
@@ -46,7 +62,6 @@ def export(run: Path, out: Path | None, weights: str, init_from: str | None = No
     tensors, state = restore.read_full(path, weights)
     extra: dict[str, Any] = state["extra"]
     kind, objective = extra["facts"]["kind"], extra["objective"]
-    out = out or run / "export"
     contract: dict[str, Any] = {
         "kind": kind,
         "run": run.name,
@@ -55,17 +70,15 @@ def export(run: Path, out: Path | None, weights: str, init_from: str | None = No
         "clip": extra["clip"],
         "fps": extra["fps"],
     }
+    if kind == "vae" and layout is Layout.diffusers:
+        raise UserError(f"layout: {run} trained a VAE, and diffusers has none like it; take layout=sora_lite")
     if kind == "vae":
-        if not extra["finished"]:
-            steps = extra["facts"]["config"]["run"]["steps"]
-            raise UserError(
-                f"{run}: is at step {state['step']} of {steps}, and the statistics of its latents are "
-                "measured at the end; let `sora-lite train-vae` finish, or lower run.steps and repeat it"
-            )
-        vae = CausalVAE(**objective["vae"])
-        vae.load_state_dict(tensors)
-        contract |= {"architecture": objective["vae"], "vae_fingerprint": vae.fingerprint()}
+        contract |= about_vae(run, state, tensors)
     else:
+        lora = objective["lora"]
+        if lora is None and init_from is not None:
+            raise UserError(f"init_from: {run} trained no adapters, so it needs no other weights; leave it out")
+        base = None if lora is None else Base.read(init_from or lora["init_from"], lora, out)
         vae, vae_contract = exports.load_vae(run / "vae")
         if vae_contract.vae_fingerprint != objective["vae_fingerprint"]:
             raise UserError(f"{run / 'vae'}: is not the VAE that {run} was trained against; put that one back")
@@ -76,27 +89,54 @@ def export(run: Path, out: Path | None, weights: str, init_from: str | None = No
             "diffusion": objective["diffusion"],
             "text_encoders": objective["text_encoders"],
         }
-        if objective["lora"] is None and init_from is not None:
-            raise UserError(f"init_from: {run} trained no adapters, so it needs no other weights; leave it out")
-        if objective["lora"] is not None:
-            contract["base"] = objective["lora"]["sha256"]
-            tensors = merge(out / exports.ADAPTER, objective["lora"], tensors, init_from)
+        if base is not None:
+            contract["base"] = lora["sha256"]
+            tensors = base.merge(tensors, out)
     exports.write(out, exports.Contract(**contract), tensors)
     return out
 
 
-def merge(folder: Path, lora: dict[str, Any], trained: dict[str, Tensor], init_from: str | None) -> dict[str, Tensor]:
-    """Write adapters into a folder, and return the weights of the model with them merged in."""
-    base = init_from or lora["init_from"]
-    adapters = Adapters(**lora["adapters"])
-    frozen, contract = exports.read_weights(Path(base), "dit")
-    if exports.read_contract(Path(base), "dit")[0].resolve() == folder.parent.resolve():
-        raise UserError(f"out: {folder.parent} is what the adapters stand on, and would be lost; name another folder")
-    if contract.sha256 != lora["sha256"]:
+def about_vae(run: Path, state: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """What the contract of a VAE says beside what all say."""
+    if not state["extra"]["finished"]:
+        steps = state["extra"]["facts"]["config"]["run"]["steps"]
         raise UserError(
-            f"init_from: {base} holds other weights than those that the adapters were trained on (SHA-256 "
-            f"{contract.sha256[:16]}, not {lora['sha256'][:16]}); give the folder that holds these"
+            f"{run}: is at step {state['step']} of {steps}, and the statistics of its latents are "
+            "measured at the end; let `sora-lite train-vae` finish, or lower run.steps and repeat it"
         )
-    exports.begin(folder.parent)  # adapters and the merged weights beside them are of one checkpoint
-    adapters.write(folder, trained, base)
-    return adapters.merge(frozen, trained)
+    architecture = state["extra"]["objective"]["vae"]
+    vae = CausalVAE(**architecture)
+    vae.load_state_dict(tensors)
+    return {"architecture": architecture, "vae_fingerprint": vae.fingerprint()}
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Base:
+    """The frozen weights that adapters stand on. name: of their folder, for people."""
+
+    name: str
+    weights: dict[str, Tensor]
+    adapters: Adapters
+
+    @classmethod
+    def read(cls, name: str, lora: dict[str, Any], out: Path) -> Self:
+        """From a folder. lora: as a checkpoint says it. out: where the export is to be written.
+
+        Raises:
+            UserError: there is no such export, it holds other weights, or `out` would be written over it.
+        """
+        weights, contract = exports.read_weights(Path(name), "dit")
+        if contract.sha256 != lora["sha256"]:
+            raise UserError(
+                f"init_from: {name} holds other weights than those that the adapters were trained on (SHA-256 "
+                f"{contract.sha256[:16]}, not {lora['sha256'][:16]}); give the folder that holds these"
+            )
+        if out.resolve() in (Path(name).resolve(), exports.read_contract(Path(name), "dit")[0].resolve()):
+            raise UserError(f"out: {out} is what the adapters stand on, and would be lost; name another folder")
+        return cls(name=name, weights=weights, adapters=Adapters(**lora["adapters"]))
+
+    def merge(self, trained: dict[str, Tensor], out: Path) -> dict[str, Tensor]:
+        """Write adapters beside an export, and return the weights of the model with them merged in."""
+        exports.begin(out)  # adapters and the merged weights beside them are of one checkpoint
+        self.adapters.write(out / exports.ADAPTER, trained, self.name)
+        return self.adapters.merge(self.weights, trained)

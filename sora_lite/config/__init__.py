@@ -11,7 +11,17 @@ is checked by `check`, at compose time, before anything is built.
 from sora_lite.config.checks import check
 from sora_lite.config.data import BatchBy, BucketRule, DataConfig, Decoder, SetRule
 from sora_lite.config.diffusion import DiffusionConfig, DiffusionObjective, NoiseSchedule, ShiftBy, TimestepSampling
-from sora_lite.config.dit import Attention, DiTConfig, Gelu, Modulation, Positions, QKNorm, TextAttention, TextConfig
+from sora_lite.config.dit import (
+    Attention,
+    DiTConfig,
+    Gelu,
+    Modulation,
+    Positions,
+    QKNorm,
+    TextAttention,
+    TextConfig,
+    unread,
+)
 from sora_lite.config.generate import (
     ConditionConfig,
     EvaluateConfig,
@@ -110,4 +120,5 @@ __all__ = [
     "check",
     "field_docs",
     "register",
+    "unread",
 ]

@@ -1,10 +1,11 @@
 """Rules that join several settings, or say which values one may take. They are checked before anything is built."""
 
 import math
+from dataclasses import asdict
 
 from sora_lite.config.data import BucketRule, DataConfig
 from sora_lite.config.diffusion import DiffusionConfig, DiffusionObjective, ShiftBy, TimestepSampling
-from sora_lite.config.dit import Attention, DiTConfig, Positions, TextAttention
+from sora_lite.config.dit import Attention, DiTConfig, Positions, TextAttention, unread
 from sora_lite.config.generate import ConditionConfig, EvaluateConfig, GenerateConfig, Sampler, SamplingConfig
 from sora_lite.config.optim import OptimConfig
 from sora_lite.config.parallel import Offload, ParallelConfig, Precision
@@ -223,7 +224,18 @@ def _check_generate(config: GenerateConfig) -> None:
 
 def _is_text(words: str) -> bool:
     """Whether it can be encoded: what a shell passes on need not be UTF-8."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in words)
+    try:
+        words.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+_UNREAD = {
+    "text_tokens": "for frozen text encoders, and bytes are cut at model.text.max_bytes",
+    "rope_theta": "for model.positions=rope",
+    "cross_norm": "for cross-attention to text",
+}
 
 
 def _check_dit(model: DiTConfig) -> None:
@@ -261,23 +273,14 @@ def _check_dit(model: DiTConfig) -> None:
         "and model.pooled_features are instead of the encoder over bytes; set model.text=null",
     )
     _require(not model.pad_text or model.text_features > 0, "model.pad_text", "needs model.text_features")
-    _require(
-        features or model.text_tokens == DiTConfig().text_tokens,
-        "model.text_tokens",
-        "is of frozen text encoders; bytes are cut at model.text.max_bytes",
-    )
-    _require(
-        model.positions is Positions.rope or model.rope_theta == DiTConfig().rope_theta,
-        "model.rope_theta",
-        "needs model.positions=rope",
-    )
+    for key in unread(asdict(model)):
+        changed = getattr(model, key) != getattr(DiTConfig(), key)
+        _require(not changed, f"model.{key}", f"is {_UNREAD[key]}; leave it out")
     if model.text_attention is TextAttention.joint:
         reads = model.text is not None or model.text_features > 0
         _require(reads, "model.text_attention", "joint needs text; set model.text or model.text_features")
         full = model.attention is Attention.full
         _require(full, "model.text_attention", "joint needs model.attention=full; factorised blocks take cross")
-        cross = model.cross_norm == DiTConfig().cross_norm
-        _require(cross, "model.cross_norm", "is of cross-attention; leave it out, or take model.text_attention=cross")
     even = model.attention is Attention.full or model.depth % 2 == 0
     _require(even, "model.depth", f"{model.depth} must be even: factorised blocks come in pairs of frame and time")
     _require(

@@ -1,7 +1,9 @@
 """Architecture of the video Diffusion Transformer."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 
 class Positions(StrEnum):
@@ -109,3 +111,15 @@ class DiTConfig:
     """Read given frames: image to video, extension, interpolation."""
     time_frequencies: int = 128
     """Frequencies over which a time embedding falls to 1/10000: 128; 127 in diffusers' DiTTransformer2DModel."""
+
+
+def unread(architecture: Mapping[str, Any]) -> set[str]:
+    """Settings of a DiT that do nothing, whatever they are, since others leave them no part."""
+    features = architecture["text_features"] or architecture["pooled_features"]
+    text = architecture["text"] is not None or architecture["text_features"]
+    idle = {
+        "text_tokens": not features,
+        "rope_theta": architecture["positions"] != "rope",
+        "cross_norm": not text or architecture["text_attention"] == "joint",
+    }
+    return {name for name, is_idle in idle.items() if is_idle}

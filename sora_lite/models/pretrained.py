@@ -112,16 +112,18 @@ def _parts(folder: Path) -> tuple[Path, Path]:
     return folder, folder
 
 
-def _check_tokenizer(tokenizer: Any, vocabulary: int) -> None:
-    """Raise ValueError for one that the model cannot be asked with."""
+def _check_tokenizer(folder: Path, tokenizer: Any, vocabulary: int) -> None:
+    """Raise UserError for one that the model cannot be asked with. vocabulary: tokens that the model knows."""
     if tokenizer.pad_token_id is None:
-        raise ValueError("its tokenizer has no token for padding")
+        raise UserError(f"{folder}: its tokenizer has no token for padding; name one as pad_token, and save it anew")
     # Where the file of the vocabulary is missing, transformers makes a tokenizer to which all words are one.
-    one, other = (set(tokenizer(word)["input_ids"]) for word in ("a", "the"))
-    if one == other:
-        raise ValueError("its tokenizer knows no word; the file of its vocabulary is missing")
+    if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:
+        raise UserError(f"{folder}: its tokenizer knows no word; put the file of its vocabulary there, too")
     if len(tokenizer) > vocabulary:
-        raise ValueError(f"its tokenizer has {len(tokenizer):,} tokens, its weights {vocabulary:,}")
+        raise UserError(
+            f"{folder}: its tokenizer has {len(tokenizer):,} tokens, its weights {vocabulary:,}; take the tokenizer "
+            "that belongs to the weights"
+        )
 
 
 def _load(folder: Path, device: torch.device) -> tuple[Any, Any]:
@@ -143,7 +145,7 @@ def _load(folder: Path, device: torch.device) -> tuple[Any, Any]:
         if told["missing_keys"]:  # which transformers draws at random
             raise ValueError(f"its weights lack {min(told['missing_keys'])}")
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(words), **local)
-        _check_tokenizer(tokenizer, model.config.vocab_size)
+        _check_tokenizer(folder, tokenizer, model.config.vocab_size)
     except UserError:
         raise
     except Exception as error:  # damaged files and rubbish in config.json raise of every kind

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sora_lite.config import unread
 from sora_lite.diffusion.process import Process
 from sora_lite.errors import UserError
 from sora_lite.generation.export import Contract, read_weights
@@ -27,8 +28,8 @@ _ADDED_BY_BLOCKS = r"|blocks\.\d+\.(video\.|text\.)?(attention\.out|mlp\.2)\."
 """The same of blocks whose gates are open from the start, since their modulation is that of all blocks. Blocks with a
 modulation of their own start with closed gates."""
 
-_KEYS = re.compile(r"\.text\.modulation\.")
-"""The modulation of text in a joint block, of which the last has but the shift and scale of its keys and values."""
+_TEXT_MODULATION = re.compile(r"\.text\.modulation\.")
+"""Of a joint block. Its first two parts of six are all that the last block has of it."""
 
 _MEANING = {
     "model": ("heads", "positions", "rope_theta", "attention", "gelu", "time_frequencies", "text_tokens", "pad_text"),
@@ -62,12 +63,20 @@ def start_from(folder: Path, kind: str, module: nn.Module, state: Mapping[str, A
     weights, contract = read_weights(folder, kind)
     at_zero = _ADDED + (_ADDED_BY_BLOCKS if "modulation.linear.weight" in weights else "")
     old = new = None
+    same_width = False
     if state is not None:
+        same_width = contract.architecture["width"] == state["model"]["width"]
         old, new = tuple(contract.architecture["patch"]), tuple(state["model"]["patch"])
     rows, tensors = [], module.state_dict()
     with torch.no_grad():
         for name, ours in tensors.items():
-            rows.append(_take(name, ours, weights.pop(name, None), old, new))
+            theirs = weights.pop(name, None)
+            if same_width and theirs is not None and len(theirs) != len(ours) and _TEXT_MODULATION.search(name):
+                parts = min(len(theirs), len(ours))
+                ours[:parts].copy_(theirs[:parts])
+                rows.append(Row(name=name, fate="resized", why="a last block's text has 2 of the 6 parts of others'"))
+                continue
+            rows.append(_take(name, ours, theirs, old, new))
             if rows[-1].fate == "new" and re.match(at_zero, name):
                 ours.zero_()
                 rows[-1] = replace(rows[-1], why=f"{rows[-1].why}; starts at zero")
@@ -85,7 +94,10 @@ def differences(contract: Contract, state: Mapping[str, Any]) -> list[Row]:
     """
     theirs = {"model": contract.architecture, "diffusion": asdict(Process(**contract.diffusion))}
     pairs = {
-        f"{group}.{key}": (theirs[group][key], state[group][key]) for group, keys in _MEANING.items() for key in keys
+        f"{group}.{key}": (theirs[group][key], state[group][key])
+        for group, keys in _MEANING.items()
+        for key in keys
+        if key not in unread(state["model"])
     }
     pairs["vae_from"] = contract.vae_fingerprint, state["vae_fingerprint"]
     for key, encoder in contract.text_encoders.items():
@@ -120,14 +132,6 @@ def _take(
         if resized.shape == ours.shape:
             ours.copy_(resized)
             return Row(name=name, fate="resized", why=f"patch {list(old)} to {list(new)}")
-    if (
-        theirs is not None
-        and _KEYS.search(name)
-        and 3 * len(theirs) == len(ours)
-        and theirs.shape[1:] == ours.shape[1:]
-    ):
-        ours[: len(theirs)].copy_(theirs)
-        return Row(name=name, fate="resized", why="was of the last block, whose text has 2 of these 6 parts")
     why = "the export has none" if theirs is None else f"shape {list(ours.shape)}, not {list(theirs.shape)}"
     return Row(name=name, fate="new", why=why)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from sora_lite.config import LoraConfig
+from sora_lite.config import LoraConfig, unread
 from sora_lite.errors import UserError
 from sora_lite.generation.export import read_weights
 from sora_lite.models.lora import Adapters, linear_layers
@@ -52,12 +52,12 @@ def adapt(module: nn.Module, architecture: dict[str, Any], lora: LoraConfig, ini
     full = max(min(module.get_parameter(f"{name}.weight").shape) for name in layers)
     if lora.rank > full:
         raise UserError(
-            f"lora.rank: {lora.rank} is above the full rank of these layers, {full}; take a small part of it"
+            f"lora.rank: {lora.rank} is above the full rank of every layer, at most {full}; take less, such as 16"
         )
     for name, ours in architecture.items():
         theirs = contract.architecture.get(name, ours)
         # The width of the MLPs is a shape, which is compared below; its ratio may be rounded.
-        if ours != theirs and name != "mlp_ratio":
+        if ours != theirs and name not in ("mlp_ratio", *unread(architecture)):
             raise UserError(
                 f"init_from: adapters need the very model of {init_from}, whose {name} is {theirs}, not {ours}; "
                 f"give the `model` of that one"

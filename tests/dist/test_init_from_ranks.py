@@ -74,7 +74,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize("job", ["dit", "vae", "wan"])
 def test_every_rank_starts_from_the_given_weights(job: str, stage: int, tiny: Tiny, runs: Path) -> None:
     run = runs / f"{job}-{stage}"
-    ours, theirs = weights(export(run, None, "raw")), weights(settings(job, stage, tiny, runs)[1])
+    ours, theirs = weights(export(run, run / "export", "raw")), weights(settings(job, stage, tiny, runs)[1])
     added = {"embed_label.weight"} if job == "wan" else set()
     assert new(run).keys() == ours.keys() - theirs.keys() == added
     # Measured anew at the end of every training.

@@ -289,6 +289,8 @@ class TestExport:
     def test_settings_that_would_do_nothing(self, trained: Path, refused: Refused) -> None:
         run = trained / "tiny"
         assert "trained no adapters" in refused("export", f"run={run}", "init_from=nowhere")
+        line = refused("export", "run=nowhere", "layout=diffusers")
+        assert "nowhere: holds no checkpoint yet" in line and not Path("nowhere").exists()
         line = refused("export", f"run={run / 'export'}", "layout=diffusers", "weights=raw")
         assert line.startswith("weights, init_from:") and "leave them out" in line
 

@@ -116,6 +116,23 @@ def test_new_blocks_change_nothing_at_first_and_are_learned(
     assert any(parameter.grad.abs().max() > 0 for parameter in deep.blocks[2].parameters())
 
 
+def test_text_of_a_last_joint_block(source: Path, tmp_path: Path) -> None:
+    """It has 2 of 6 parts, and is the last of a shallower model, too; of another width nothing of it fits."""
+    deep, state = like(source, text_attention="joint", depth=3)
+    for parameter in deep.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    contract = replace(read_contract(source, "dit")[1], architecture=state["model"])
+    export.write(tmp_path, contract, deep.state_dict())
+    short, state = like(source, text_attention="joint", depth=2)
+    name = "blocks.1.text.modulation.linear.bias"
+    rows = start_from(tmp_path, "dit", short, state)
+    assert fates(rows, "resized") == {name, name.replace("bias", "weight")} and not fates(rows, "new")
+    assert torch.equal(short.state_dict()[name], deep.state_dict()[name][: 2 * 48])
+    export.write(tmp_path, replace(contract, architecture=state["model"]), short.state_dict())
+    wide, state = like(source, text_attention="joint", depth=3, width=144)
+    assert name in fates(start_from(tmp_path, "dit", wide, state), "new")
+
+
 def test_patches_are_resized(source: Path, old: VideoDiT) -> None:
     wide, state = like(source, patch=[1, 4, 4])
     assert fates(start_from(source, "dit", wide, state), "resized") == {

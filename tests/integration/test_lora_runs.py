@@ -121,7 +121,7 @@ def test_settings_that_do_not_go_together(
         (["lora.rank=-1"], "lora.rank: must be at least 1"),
         (["lora.rank=0", "lora.alpha=3"], "lora.alpha: is for adapters; set lora.rank"),
         (["lora.targets=[blocks.*.mlp.0]"], "lora.targets: is for adapters; set lora.rank"),
-        (["lora.rank=1000"], "lora.rank: 1000 is above the full rank of these layers, 48"),
+        (["lora.rank=1000"], "lora.rank: 1000 is above the full rank of every layer, at most 48"),
         (["lora.rank=2", "lora.targets=[]"], "lora.targets: is empty"),
         (["lora.rank=2", "lora.alpha=0"], "lora.alpha: must be above 0"),
         (["lora.rank=2", "lora.targets=[blocks.*.mpl.0]"], "lora.targets: blocks.*.mpl.0 is no linear layer"),
@@ -159,9 +159,11 @@ def test_a_wan_of_diffusers_learns_and_goes_back(
     assert validated[-1] < 0.9 * validated[0]
     assert (tmp_path / "base/model.safetensors").read_bytes() == before
 
+    files = sorted((tmp_path / "base").rglob("*"))
     assert call("export", f"run={tmp_path / 'tiny'}", f"out={tmp_path / 'base'}") == 2
     assert "is what the adapters stand on" in capsys.readouterr().err
     assert (tmp_path / "base/model.safetensors").read_bytes() == before
+    assert sorted((tmp_path / "base").rglob("*")) == files
     assert call("export", f"run={tmp_path / 'tiny'}", "layout=diffusers") == 0
     assert not (tmp_path / "tiny/export").exists()
     assert call("export", f"run={tmp_path / 'tiny'}") == 0

@@ -198,9 +198,9 @@ def test_a_padded_token_never_changes_the_loss(kind: str, tiny: Tiny, folders: d
         ([*T5, "text_from=t5", "pooled_from=clip"], r"pooled_from: model\.pooled_features is 0"),
         ([*T5, "text_from=t5", "model.text_tokens=0"], "model.text_tokens: must be at least 1"),
         (["model.pad_text=true"], "model.pad_text: needs model.text_features"),
-        (["model.text_tokens=7"], "model.text_tokens: is of frozen text encoders"),
-        (["model.text_attention=joint", "model.cross_norm=false"], "model.cross_norm: is of cross-attention"),
-        (["model.positions=sincos", "model.rope_theta=5"], "model.rope_theta: needs model.positions=rope"),
+        (["model.text_tokens=7"], "model.text_tokens: is for frozen text encoders"),
+        (["model.text_attention=joint", "model.cross_norm=false"], "model.cross_norm: is for cross-attention"),
+        (["model.positions=sincos", "model.rope_theta=5"], "model.rope_theta: is for model.positions=rope"),
     ],
 )
 def test_settings_that_do_not_go_together(more: list[str], message: str) -> None:

@@ -88,6 +88,10 @@ def test_what_is_no_such_folder_is_refused(folders: dict[str, Path], tmp_path: P
             (silent / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": None}))
         with pytest.raises(UserError, match=says):
             FrozenTextEncoder(silent, max_tokens=16)
+    foreign = Path(shutil.copytree(folders["t5"], tmp_path / "foreign"))
+    words = (foreign / "tokenizer.json").read_text().replace('"the"', '"der"').replace('"a"', '"ein"')
+    (foreign / "tokenizer.json").write_text(words)
+    FrozenTextEncoder(foreign, max_tokens=16)
     other = Path(shutil.copytree(folders["t5"], tmp_path / "other"))
     config = json.loads((other / "config.json").read_text()) | {"model_type": "bert"}
     (other / "config.json").write_text(json.dumps(config))

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from sora_lite.cli.evaluate_frames import evaluate_frames
 from sora_lite.config import EvaluateConfig
-from sora_lite.data.files import replace_file
+from sora_lite.data.files import replace_file, require_folder
 from sora_lite.data.index import Index
 from sora_lite.data.loader import ClipReader
 from sora_lite.data.remote import Location, locate
@@ -68,8 +68,7 @@ def main(config: EvaluateConfig) -> None:
     out = Path(config.out)
     if out.is_dir():
         raise UserError(f"out: {out} is a folder; name a file such as {out / 'evaluation.json'}")
-    if blocking := [path for path in out.parents if path.is_file()]:
-        raise UserError(f"out: {blocking[0]} is a file; name a file in a folder")
+    require_folder(out.parent)
     figures = evaluate(config)
     out.parent.mkdir(parents=True, exist_ok=True)
     replace_file(out, json.dumps(figures, indent=2).encode() + b"\n")

@@ -8,6 +8,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from sora_lite.config import ExportConfig, Layout
+from sora_lite.data.files import require_folder
 from sora_lite.errors import UserError
 from sora_lite.generation import export as exports
 from sora_lite.generation.layouts import write_folder
@@ -18,11 +19,12 @@ from sora_lite.training import restore, store
 
 def main(config: ExportConfig) -> None:
     """Export and say where it lies."""
-    run, out = Path(config.run), Path(config.out) if config.out else None
+    run = Path(config.run)
+    out = Path(config.out) if config.out else run / ("export" if config.layout is Layout.sora_lite else "diffusers")
+    require_folder(out)
     if config.layout is Layout.sora_lite:
-        out = export(run, out or run / "export", config.weights, config.init_from)
+        export(run, out, config.weights, config.init_from)
     else:
-        out = (out or run / "diffusers").resolve()
         for_diffusers(run, out, config)
     print(f"exported to {out}")
 
@@ -34,7 +36,8 @@ def for_diffusers(run: Path, out: Path, config: ExportConfig) -> None:
             raise UserError(f"weights, init_from: {run} is an export, whose weights are as they are; leave them out")
         write_folder(run, out)
         return
-    between = out.with_name(f".{out.name}.partial")  # an export on the way: the one that the run may have stays
+    whole = out.resolve()
+    between = whole.with_name(f".{whole.name}.partial")  # an export on the way: the one that the run may have stays
     shutil.rmtree(between, ignore_errors=True)  # of a call that was killed
     try:
         write_folder(export(run, between, config.weights, config.init_from, config.layout), out)

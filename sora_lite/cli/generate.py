@@ -7,6 +7,7 @@ import torch
 from tqdm import tqdm
 
 from sora_lite.config import GenerateConfig, PositionScaling
+from sora_lite.data.files import require_folder
 from sora_lite.data.index import Index
 from sora_lite.data.loader import ClipReader
 from sora_lite.data.manifest import Manifest
@@ -72,9 +73,7 @@ def scaling(choice: PositionScaling, trained: Grid, dit: VideoDiT) -> Scaling | 
 
 def check(config: GenerateConfig) -> None:
     """Raise UserError for what would otherwise show only after the clips are made."""
-    out = Path(config.out)
-    if blocking := [path for path in (out, *out.parents) if path.is_file()]:
-        raise UserError(f"out: {blocking[0]} is a file; name a folder")
+    require_folder(Path(config.out))
     if config.shards and (content := Manifest.load(locate(config.shards, "shards")).content) != "clips":
         raise UserError(f"shards: {config.shards} holds {content}, not clips; name the shards that they were made of")
     if config.run and not (Path(config.run) / RECORD).is_file():

@@ -155,10 +155,8 @@ def describe(config: BaseTrainConfig, loader: ClipLoader) -> list[str]:
         samples, share = loader.order.set_samples[number], loader.order.set_share(number)
         lines.append(f"{row.shards}: {samples:,} samples in buckets, {share:.2%} of what is seen")
     if left := len(loader.index) - sum(len(bucket.samples) for bucket in buckets):
-        why = "too short for every bucket" + (
-            ", or by keep" if any(rule.keep < 1 for rule in config.data.buckets) else ""
-        )
-        lines.append(f"left out, as {why}: {left:,} samples")
+        by_keep = ", or by keep" if any(rule.keep < 1 for rule in config.data.buckets) else ""
+        lines.append(f"left out, as too short for every bucket{by_keep}: {left:,} samples")
     if loader.latents is not None:
         cached, samples = loader.cached()
         lines.append(f"come as latents: {cached:,} of {samples:,} samples in buckets; the others are decoded")

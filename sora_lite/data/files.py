@@ -5,6 +5,8 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+from sora_lite.errors import UserError
+
 
 def replace_file(path: Path, content: bytes) -> None:
     """Write a file so that under its name there is always either the old or the new content, whole.
@@ -41,3 +43,10 @@ def flush_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def require_folder(out: Path) -> None:
+    """Raise UserError if a file stands where the folder of the setting `out` is, or will be."""
+    for path in (out, *out.parents):
+        if path.is_file():
+            raise UserError(f"out: {path} is a file; name a folder")

@@ -274,9 +274,10 @@ class TestExport:
         line = refused("generate", f"model_from={run}", "labels=[1]", f"out={file}", "sampling.steps=999")
         assert line == f"out: {file} is a file; name a folder"
         assert line == refused("generate", f"model_from={run}", "labels=[1]", f"out={file / 'a' / 'b'}")
-        line = refused("evaluate", f"model_from={run}", "shards=nowhere", f"out={file / 'a.json'}")
-        assert line.startswith(f"out: {file} is a file")
-        assert str(file) in refused("export", f"run={run}", f"out={file}")
+        assert line == refused("evaluate", f"model_from={run}", "shards=nowhere", f"out={file / 'a.json'}")
+        for layout in ("sora_lite", "diffusers"):
+            for out in (file, file / "a"):
+                assert refused("export", f"run={run}", f"out={out}", f"layout={layout}") == line
         line = refused("evaluate", f"model_from={run}", "shards=nowhere", f"out={tmp_path}")
         assert line.startswith(f"out: {tmp_path} is a folder")
 

@@ -6,7 +6,12 @@ from torch.nn import functional as F
 from benchmarks.measure import take_turns
 from sora_lite.models.linear import product
 
-SHAPES = [(rows, width, out) for rows in (256, 1280) for width in (384, 768) for out in (width, 4 * width)]
+SHAPES = [
+    (rows, ratio_in * width, ratio_out * width)
+    for rows in (256, 1280)
+    for width in (384, 768)
+    for ratio_in, ratio_out in ((1, 1), (1, 4), (4, 1))
+]
 """Tokens, and what the layer reads and makes."""
 
 

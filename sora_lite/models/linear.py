@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     # oneDNN and torch's layer above it keep code for each number of rows, half a MiB apiece and by default 1,024 times.
@@ -21,8 +22,8 @@ class Linear(nn.Linear):
     """`nn.Linear`, with the same results to rounding; large ones have no second derivatives on CPUs.
 
     Torch has two libraries for matrix products on CPUs, and in float32 it asks MKL, where it has it. The other one,
-    oneDNN, is faster forward and on the way back to x (`python -m benchmarks linear`), but not on the way back to the
-    weights.
+    oneDNN, is faster forward and on the way back to x, and on the way back to the weights where the output is narrow,
+    since it wants the gradient transposed in memory (`python -m benchmarks linear`).
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,9 +52,14 @@ class _Linear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         return (
             product(grad, weight.t()) if needs_x else None,
-            grad.t() @ x if needs_weight else None,
+            _back_to_weight(grad, x) if needs_weight else None,
             grad.sum(0) if needs_bias else None,
         )
+
+
+def _back_to_weight(grad: Tensor, x: Tensor) -> Tensor:
+    narrow = 2 * grad.shape[1] <= x.shape[1]
+    return product(grad.t(), x.contiguous().t()) if narrow else grad.t() @ x
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -62,17 +68,21 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     weight must be contiguous, or the transpose of what is: for others oneDNN's code is a thousand times slower.
     """
     # torch.compile makes no code of oneDNN's products by weights that change, so there it must not see what this is.
-    return _opaque(x, weight, bias) if torch.compiler.is_compiling() else _onednn(x, weight, bias)
+    call = torch.ops.sora_lite.product if torch.compiler.is_compiling() else _onednn
+    return call(x, weight, bias)
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if x.shape[1] == 0:  # as on the way back to the weights from no rows: oneDNN would write nothing
+        return F.linear(x, weight, bias)
     bias = None if bias is None else bias.contiguous()  # it is read as if it were
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-_opaque = torch.library.custom_op("sora_lite::product", _onednn, mutates_args=(), device_types="cpu")
+torch.library.define("sora_lite::product", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+torch.library.impl("sora_lite::product", "CPU", _onednn)
 
 
-@_opaque.register_fake
+@torch.library.register_fake("sora_lite::product")
 def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])

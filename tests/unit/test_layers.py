@@ -61,10 +61,10 @@ def test_rms_norm_of_mixed_precision_is_torchs() -> None:
     assert ours.to("meta")(x.to("meta")).dtype == torchs(x).dtype
 
 
-def make_linear(kind: type[nn.Linear] = Linear, *, bias: bool = True) -> nn.Linear:
-    """Just large enough."""
+def make_linear(kind: type[nn.Linear] = Linear, width: int = 256, *, bias: bool = True) -> nn.Linear:
+    """Just large enough; of width 1024 it is narrow at its end."""
     torch.manual_seed(0)
-    return kind(256, linear.LARGE // 256, bias=bias)
+    return kind(width, linear.LARGE // width, bias=bias)
 
 
 def derivatives(layer: nn.Linear, x: Tensor) -> list[Tensor]:
@@ -82,17 +82,24 @@ def agree(one: list[Tensor], other: list[Tensor]) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * math.sqrt(b.numel() / b.shape[-1]))
 
 
-X = torch.randn(2, 3, 256, generator=torch.Generator().manual_seed(2))
+def some(width: int) -> Tensor:
+    return torch.randn(2, 3, width, generator=torch.Generator().manual_seed(2))
+
+
+X = some(256)
 INPUTS = {
-    "tokens": X, "sample": X[0], "one": X[0, 0], "strided": X.transpose(0, 1), "expanded": X[:1, :1].expand(2, 3, -1),
-    "none": X[:, :0],
+    "tokens": lambda x: x, "sample": lambda x: x[0], "one": lambda x: x[0, 0], "strided": lambda x: x.transpose(0, 1),
+    "apart": lambda x: x.repeat_interleave(2, -1)[..., ::2], "expanded": lambda x: x[:1, :1].expand(2, 3, -1),
+    "none": lambda x: x[:, :0],
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("x", INPUTS.values(), ids=INPUTS.keys())
+@pytest.mark.parametrize("name", INPUTS)
 @pytest.mark.parametrize("bias", [True, False])
-def test_large_linear_equals_torchs_own(x: Tensor, bias: bool) -> None:
-    agree(derivatives(make_linear(bias=bias), x), derivatives(make_linear(nn.Linear, bias=bias), x))
+@pytest.mark.parametrize("width", [256, 1024])
+def test_large_linear_equals_torchs_own(name: str, bias: bool, width: int) -> None:
+    x = INPUTS[name](some(width))
+    agree(derivatives(make_linear(width=width, bias=bias), x), derivatives(make_linear(nn.Linear, width, bias=bias), x))
 
 
 def test_large_linear_with_strided_parameters() -> None:
@@ -122,12 +129,13 @@ def test_only_large_linears_in_float32_take_onednns_product() -> None:
     assert not products(make_linear().to("meta"), X.to("meta"))
 
 
-def test_compiled_large_linear_is_one_graph_for_all_sizes() -> None:
+@pytest.mark.parametrize("width", [256, 1024])
+def test_compiled_large_linear_is_one_graph_for_all_sizes(width: int) -> None:
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
-    layer, eager = make_linear(), make_linear()
+    layer, eager = make_linear(width=width), make_linear(width=width)
     layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=True)
-    for x in (X, X[:, :2].repeat(2, 1, 1), X.repeat(1, 3, 1)):
+    for x in (some(width), some(width)[:, :2].repeat(2, 1, 1), some(width).repeat(1, 3, 1)):
         agree(derivatives(layer, x), derivatives(eager, x))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 

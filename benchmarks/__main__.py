@@ -4,6 +4,7 @@ import os
 import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # two lines on stderr for every look of its profiler
 
 from benchmarks import (
     balance,

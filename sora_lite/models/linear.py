@@ -16,14 +16,16 @@ for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
 ONEDNN = torch.backends.mkldnn.is_available()
 LARGE = 2**17
 """Weights of a layer from which on the faster product is worth the longer way to it, as measured on an AMD EPYC."""
+WIDE = 1024
+"""Inputs of a layer, at least as many as its outputs, from which on that holds on the way back to the weights too."""
 
 
 class Linear(nn.Linear):
     """`nn.Linear`, with the same results to rounding; large ones have no second derivatives on CPUs.
 
     Torch has two libraries for matrix products on CPUs, and in float32 it asks MKL, where it has it. The other one,
-    oneDNN, is faster forward and on the way back to x, and on the way back to the weights where the output is narrow,
-    since it wants the gradient transposed in memory (`python -m benchmarks linear`).
+    oneDNN, is faster forward and on the way back to x; on the way back to the weights it wants the gradient transposed
+    in memory, for which only many inputs make up (`python -m benchmarks linear`).
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,8 +60,8 @@ class _Linear(torch.autograd.Function):
 
 
 def _back_to_weight(grad: Tensor, x: Tensor) -> Tensor:
-    narrow = 2 * grad.shape[1] <= x.shape[1]
-    return product(grad.t(), x.contiguous().t()) if narrow else grad.t() @ x
+    wide = x.shape[1] >= max(WIDE, grad.shape[1])
+    return product(grad.t(), x.contiguous().t()) if wide else grad.t() @ x
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -38,7 +38,10 @@ def test_benchmark_runs(table: str, rows: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("short", "rows"),
     [
-        ("loading.main(samples=800, rounds=1, strides=[1])", ("sora_lite, decoder=pyav", "of stock", "KiB per 1,000 samples")),
+        (
+            "loading.main(samples=800, rounds=1, strides=[1])",
+            ("sora_lite, decoder=pyav", "of stock", "KiB per 1,000 samples"),
+        ),
         ("latents.main(count=32, rounds=1)", ("tarfile, seeking", "sora_lite")),
         ("saving.main(width=256, rounds=1)", ("restore, verified", "of raw", "stall")),
     ],

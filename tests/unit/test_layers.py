@@ -62,7 +62,7 @@ def test_rms_norm_of_mixed_precision_is_torchs() -> None:
 
 
 def make_linear(kind: type[nn.Linear] = Linear, width: int = 256, *, bias: bool = True) -> nn.Linear:
-    """Just large enough; of width 1024 it is narrow at its end."""
+    """Just large enough."""
     torch.manual_seed(0)
     return kind(width, linear.LARGE // width, bias=bias)
 
@@ -96,7 +96,7 @@ INPUTS = {
 
 @pytest.mark.parametrize("name", INPUTS)
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("width", [256, 1024])
+@pytest.mark.parametrize("width", [256, linear.WIDE])
 def test_large_linear_equals_torchs_own(name: str, bias: bool, width: int) -> None:
     x = INPUTS[name](some(width))
     agree(derivatives(make_linear(width=width, bias=bias), x), derivatives(make_linear(nn.Linear, width, bias=bias), x))
@@ -129,7 +129,7 @@ def test_only_large_linears_in_float32_take_onednns_product() -> None:
     assert not products(make_linear().to("meta"), X.to("meta"))
 
 
-@pytest.mark.parametrize("width", [256, 1024])
+@pytest.mark.parametrize("width", [256, linear.WIDE])
 def test_compiled_large_linear_is_one_graph_for_all_sizes(width: int) -> None:
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()

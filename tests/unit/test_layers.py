@@ -117,16 +117,23 @@ def test_frozen_large_linear_passes_the_gradient_on() -> None:
     agree(found, derivatives(torchs, X))
 
 
-def test_only_large_linears_in_float32_take_onednns_product() -> None:
-    def products(layer: nn.Module, x: Tensor) -> int:
-        with profile(activities=[ProfilerActivity.CPU]) as seen:
-            layer(x)
-        return sum(event.count for event in seen.key_averages() if event.key == "mkldnn::_linear_pointwise")
+def products(layer: nn.Linear, x: Tensor) -> int:
+    """How often oneDNN multiplies, forward and back."""
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        derivatives(layer, x)
+    return sum(event.count for event in seen.key_averages() if event.key == "mkldnn::_linear_pointwise")
 
-    assert products(make_linear(), X) == linear.ONEDNN
+
+def test_only_large_linears_in_float32_take_onednns_product() -> None:
+    """Forward and back to x; wide ones back to the weights too."""
+    assert products(make_linear(), X) == 2 * linear.ONEDNN
+    assert products(make_linear(width=linear.WIDE), some(linear.WIDE)) == 3 * linear.ONEDNN
+    assert products(Linear(linear.WIDE, linear.WIDE + 1), some(linear.WIDE)) == 2 * linear.ONEDNN
     assert not products(Linear(256, linear.LARGE // 256 - 1), X)
     assert not products(make_linear().to(torch.bfloat16), X.to(torch.bfloat16))
-    assert not products(make_linear().to("meta"), X.to("meta"))
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        make_linear().to("meta")(X.to("meta"))
+    assert "mkldnn::_linear_pointwise" not in {event.key for event in seen.key_averages()}
 
 
 @pytest.mark.parametrize("width", [256, linear.WIDE])

@@ -4,9 +4,9 @@ import os
 import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # two lines on stderr for every look of its profiler
 
 from benchmarks import (
+    attention,
     balance,
     cuts,
     decoding,
@@ -23,6 +23,7 @@ from benchmarks import (
 )
 
 TABLES = {
+    "attention": attention.main,
     "balance": balance.main,
     "cuts": cuts.main,
     "decoding": decoding.main,

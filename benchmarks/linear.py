@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.measure import take_turns
-from sora_lite.models.linear import product
+from sora_lite.models.linear import product, transposed
 
 SHAPES = [
     (rows, ratio_in * width, ratio_out * width)
@@ -25,7 +25,7 @@ def ratios(rows: int, width: int, out: int) -> list[float]:
             "to x": lambda: grad @ weight,
             "to x, oneDNN": lambda: product(grad, weight.t()),
             "to weights": lambda: grad.t() @ x,
-            "to weights, oneDNN": lambda: product(grad.t(), x.t()),
+            "to weights, oneDNN": lambda: product(transposed(grad), x.t()),
         },
         rounds=30,
         pick=min,

@@ -7,7 +7,6 @@ queue is shared with a process that may vanish, and what it owes is asked of its
 
 import atexit
 import contextlib
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -25,6 +24,7 @@ import torch
 from sora_lite.data.batch import Allocate
 from sora_lite.data.transport import Receiver, Sender
 from sora_lite.errors import UserError
+from sora_lite.memory import keep_memory
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -34,7 +34,6 @@ AHEAD = 2
 more: the one that it makes, and those of the steps that training works on and goes on to."""
 MAX_RESTARTS = 3
 """How often a worker may be started anew for one item."""
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 _FORK = multiprocessing.get_context("fork")
 
 
@@ -182,20 +181,11 @@ def _ending(code: int | None) -> str:
     return signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
 
 
-def _keep_memory() -> None:
-    """Let the C library reuse what is freed, where it would give it back: a clip's megabytes would be mapped anew, and
-    zeroed by the kernel, for every clip, which takes a fifth of a worker's time."""
-    with contextlib.suppress(AttributeError):  # another C library than glibc
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, 2**30)
-        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-
-
 def _work(make: Callable[[Any, Allocate], Any], pipe: Connection, other_end: Connection, parent: int) -> None:
     """Answer what comes through the pipe until the parent is gone."""
     other_end.close()
     torch.set_num_threads(1)
-    _keep_memory()
+    keep_memory()
     sender, asked = Sender(pipe), deque[Any]()
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone
         while True:

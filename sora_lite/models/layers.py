@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sora_lite.models.attention import attention, suits
 from sora_lite.models.linear import Linear
 from sora_lite.models.positions import rotate
 from sora_lite.models.rms_norm import RMSNorm
@@ -24,6 +25,8 @@ class InnerAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """q: B heads N d; k, v: B heads M d; mask: B 1 1 M, True where attended. Returns B heads N d."""
+        if mask is None and suits(q, k, v):
+            return attention(q, k, v)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 

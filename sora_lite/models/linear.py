@@ -16,23 +16,28 @@ for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
 ONEDNN = torch.backends.mkldnn.is_available()
 LARGE = 2**17
 """Weights of a layer from which on the faster product is worth the longer way to it, as measured on an AMD EPYC."""
-WIDE = 1024
-"""Inputs of a layer, at least as many as its outputs, from which on that holds on the way back to the weights too."""
+FEW_THREADS = 2
+"""So many threads copy a transpose more slowly together than a single one that goes about it in another way."""
 
 
 class Linear(nn.Linear):
     """`nn.Linear`, with the same results to rounding; large ones have no second derivatives on CPUs.
 
     Torch has two libraries for matrix products on CPUs, and in float32 it asks MKL, where it has it. The other one,
-    oneDNN, is faster forward and on the way back to x; on the way back to the weights it wants the gradient transposed
-    in memory, for which only many inputs make up (`python -m benchmarks linear`).
+    oneDNN, is faster (`python -m benchmarks linear`).
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """x: ... in_features. Returns ... out_features."""
         large = ONEDNN and self.in_features * self.out_features >= LARGE
         here = x.device.type == self.weight.device.type == "cpu"
-        if large and here and x.dtype == self.weight.dtype == torch.float32 and self.weight.is_contiguous():
+        if (
+            large
+            and here
+            and x.numel()
+            and x.dtype == self.weight.dtype == torch.float32
+            and self.weight.is_contiguous()
+        ):
             y = _Linear.apply(x.reshape(-1, self.in_features), self.weight, self.bias)
             return y.view(*x.shape[:-1], self.out_features)
         return super().forward(x)
@@ -54,14 +59,9 @@ class _Linear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         return (
             product(grad, weight.t()) if needs_x else None,
-            _back_to_weight(grad, x) if needs_weight else None,
+            product(transposed(grad), x.contiguous().t()) if needs_weight else None,
             grad.sum(0) if needs_bias else None,
         )
-
-
-def _back_to_weight(grad: Tensor, x: Tensor) -> Tensor:
-    wide = x.shape[1] >= max(WIDE, grad.shape[1])
-    return product(grad.t(), x.contiguous().t()) if wide else grad.t() @ x
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -74,9 +74,18 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return call(x, weight, bias)
 
 
+def transposed(x: Tensor) -> Tensor:
+    """x^T of a matrix, contiguous, as the first factor of `product` has to be."""
+    if torch.compiler.is_compiling() or torch.get_num_threads() > FEW_THREADS:
+        return x.t().contiguous()
+    # On one core torch's copy of a transpose takes three times as long as its shuffle of the channels of one pixel,
+    # which is the same.
+    rows, columns = x.shape
+    pixel = x.contiguous().as_strided((1, x.numel(), 1, 1), (x.numel(), 1, x.numel(), x.numel()))
+    return F.channel_shuffle(pixel, rows).view(columns, rows)
+
+
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if x.shape[1] == 0:  # as on the way back to the weights from no rows: oneDNN would write nothing
-        return F.linear(x, weight, bias)
     bias = None if bias is None else bias.contiguous()  # it is read as if it were
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from sora_lite.errors import UserError
+from sora_lite.memory import keep_memory
 
 # Below Linux's range of ephemeral ports (32768 and up), so that no outgoing connection sits on the meeting point.
 FIRST_PORT = 10_000
@@ -226,6 +227,8 @@ def init_rank(device: str = "auto", threads: int | None = None) -> Rank:
     index = place.local_rank % torch.cuda.device_count() if use_cuda else place.local_rank
     if use_cuda:
         torch.cuda.set_device(index)
+    else:
+        keep_memory()  # a step on the CPU needs as much as the one before
     os.environ.update(
         RANK=str(place.rank),
         WORLD_SIZE=str(place.world_size),

@@ -25,6 +25,7 @@ def prints(rows: tuple[str, ...], *arguments: str) -> None:
         ("step", ("ZeRO 0", "ZeRO 3")),
         ("cuts", ("detector=luma", "detector=transnet")),
         ("packing", ("sora_lite", "together")),
+        ("attention", ("2,048 tokens",)),
         ("linear", ("to weights", "1,280 x 768 x 3,072")),
         ("decoding", ("plain PyAV", "decoder=pyav")),
         pytest.param("dit", ("sora_lite", "CogVideoX"), marks=pytest.mark.timeout(600)),  # compiles four models

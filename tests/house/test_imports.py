@@ -11,12 +11,13 @@ from project_tree import PACKAGES, ROOT, imports_of, is_under, module_of, name_o
 # Room: the rooms that it may import. A room is a folder or a file directly under sora_lite.
 ALLOWED = {
     "sora_lite.errors": set(),
+    "sora_lite.memory": set(),
     "sora_lite.config": {"errors"},
-    "sora_lite.data": {"errors", "config"},
+    "sora_lite.data": {"errors", "memory", "config"},
     "sora_lite.models": {"errors"},
     "sora_lite.diffusion": {"errors"},
     "sora_lite.evaluation": {"errors", "data"},
-    "sora_lite.parallel": {"errors", "config", "data", "models", "diffusion"},
+    "sora_lite.parallel": {"errors", "memory", "config", "data", "models", "diffusion"},
     "sora_lite.generation": {"errors", "config", "data", "models", "diffusion", "parallel"},
     "sora_lite.training": {"errors", "config", "data", "models", "diffusion", "parallel", "generation", "evaluation"},
     "sora_lite.cli": {"errors", "config", "data", "models", "diffusion", "evaluation", "generation", "training"}

@@ -61,10 +61,10 @@ def test_rms_norm_of_mixed_precision_is_torchs() -> None:
     assert ours.to("meta")(x.to("meta")).dtype == torchs(x).dtype
 
 
-def make_linear(kind: type[nn.Linear] = Linear, width: int = 256, *, bias: bool = True) -> nn.Linear:
+def make_linear(kind: type[nn.Linear] = Linear, *, bias: bool = True) -> nn.Linear:
     """Just large enough."""
     torch.manual_seed(0)
-    return kind(width, linear.LARGE // width, bias=bias)
+    return kind(256, linear.LARGE // 256, bias=bias)
 
 
 def derivatives(layer: nn.Linear, x: Tensor) -> list[Tensor]:
@@ -82,11 +82,7 @@ def agree(one: list[Tensor], other: list[Tensor]) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * math.sqrt(b.numel() / b.shape[-1]))
 
 
-def some(width: int) -> Tensor:
-    return torch.randn(2, 3, width, generator=torch.Generator().manual_seed(2))
-
-
-X = some(256)
+X = torch.randn(2, 3, 256, generator=torch.Generator().manual_seed(2))
 INPUTS = {
     "tokens": lambda x: x, "sample": lambda x: x[0], "one": lambda x: x[0, 0], "strided": lambda x: x.transpose(0, 1),
     "apart": lambda x: x.repeat_interleave(2, -1)[..., ::2], "expanded": lambda x: x[:1, :1].expand(2, 3, -1),
@@ -96,10 +92,9 @@ INPUTS = {
 
 @pytest.mark.parametrize("name", INPUTS)
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("width", [256, linear.WIDE])
-def test_large_linear_equals_torchs_own(name: str, bias: bool, width: int) -> None:
-    x = INPUTS[name](some(width))
-    agree(derivatives(make_linear(width=width, bias=bias), x), derivatives(make_linear(nn.Linear, width, bias=bias), x))
+def test_large_linear_equals_torchs_own(name: str, bias: bool) -> None:
+    x = INPUTS[name](X)
+    agree(derivatives(make_linear(bias=bias), x), derivatives(make_linear(nn.Linear, bias=bias), x))
 
 
 def test_large_linear_with_strided_parameters() -> None:
@@ -117,6 +112,20 @@ def test_frozen_large_linear_passes_the_gradient_on() -> None:
     agree(found, derivatives(torchs, X))
 
 
+@pytest.mark.parametrize("threads", [1, linear.FEW_THREADS + 1])
+@pytest.mark.parametrize("rows, columns", [(1, 1), (1, 7), (7, 1), (24, 33), (129, 512)])
+def test_transposed(rows: int, columns: int, threads: int) -> None:
+    """Of a contiguous matrix and of one that is a transpose itself."""
+    x, before = torch.randn(rows, columns), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = [linear.transposed(x), linear.transposed(x.t())]
+    finally:
+        torch.set_num_threads(before)
+    for one, expected in zip(found, (x.t(), x), strict=True):
+        assert torch.equal(one, expected) and one.is_contiguous()
+
+
 def products(layer: nn.Linear, x: Tensor) -> int:
     """How often oneDNN multiplies, forward and back."""
     with profile(activities=[ProfilerActivity.CPU]) as seen:
@@ -125,10 +134,8 @@ def products(layer: nn.Linear, x: Tensor) -> int:
 
 
 def test_only_large_linears_in_float32_take_onednns_product() -> None:
-    """Forward and back to x; wide ones back to the weights too."""
-    assert products(make_linear(), X) == 2 * linear.ONEDNN
-    assert products(make_linear(width=linear.WIDE), some(linear.WIDE)) == 3 * linear.ONEDNN
-    assert products(Linear(linear.WIDE, linear.WIDE + 1), some(linear.WIDE)) == 2 * linear.ONEDNN
+    """Forward, back to x and back to the weights."""
+    assert products(make_linear(), X) == 3 * linear.ONEDNN
     assert not products(Linear(256, linear.LARGE // 256 - 1), X)
     assert not products(make_linear().to(torch.bfloat16), X.to(torch.bfloat16))
     with profile(activities=[ProfilerActivity.CPU]) as seen:
@@ -136,13 +143,12 @@ def test_only_large_linears_in_float32_take_onednns_product() -> None:
     assert "mkldnn::_linear_pointwise" not in {event.key for event in seen.key_averages()}
 
 
-@pytest.mark.parametrize("width", [256, linear.WIDE])
-def test_compiled_large_linear_is_one_graph_for_all_sizes(width: int) -> None:
+def test_compiled_large_linear_is_one_graph_for_all_sizes() -> None:
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
-    layer, eager = make_linear(width=width), make_linear(width=width)
+    layer, eager = make_linear(), make_linear()
     layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=True)
-    for x in (some(width), some(width)[:, :2].repeat(2, 1, 1), some(width).repeat(1, 3, 1)):
+    for x in (X, X[:, :2].repeat(2, 1, 1), X.repeat(1, 3, 1)):
         agree(derivatives(layer, x), derivatives(eager, x))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 

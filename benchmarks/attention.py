@@ -17,7 +17,8 @@ HEADS, WIDTHS = 6, (32, 64, 128)
 
 def ratio(tokens: int, width: int) -> float:
     """Torch's time as a multiple of ours, with queries, keys and values side by side, as one layer makes them."""
-    q, k, v = (one.requires_grad_() for one in torch.randn(3, 1, tokens, HEADS, width).transpose(2, 3))
+    qkv = torch.randn(1, tokens, 3, HEADS, width).unbind(2)
+    q, k, v = (one.transpose(1, 2).requires_grad_() for one in qkv)
     grad = torch.randn(1, tokens, HEADS, width).transpose(1, 2)
 
     def step(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:

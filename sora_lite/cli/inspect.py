@@ -17,7 +17,7 @@ IMAGE, VIDEO = [4, 1, 32, 32], [16, 5, 32, 32]
 """Latents that are looked at where none is named."""
 ASSUMED = (
     "memory assumes one process without sharding, AdamW with fp32 master weights and moments, fp32 gradients and "
-    "averaged weights, attention that keeps no scores, and no activation checkpointing"
+    "averaged weights, attention that keeps no scores (as on GPUs), and no activation checkpointing"
 )
 
 

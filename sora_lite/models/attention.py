@@ -4,8 +4,8 @@ Torch's (FlashAttention; Dao et al., arXiv 2205.14135) computes the weights of a
 back, which saves memory traffic on GPUs. Here they are kept, which leaves six matrix products of the seven, and each of
 these is made by the library that is fastest for its shape. One head of one sample at a time: as much fits a cache.
 
-Shapes: B batch, N tokens, M tokens attended to, d head width. All tensors here are as `F.scaled_dot_product_attention`
-has them, B heads N d, in memory B N heads d.
+Shapes: B batch, N tokens, M tokens attended to, d head width. Results and gradients are B heads N d, in memory B N
+heads d.
 """
 
 from typing import Any
@@ -17,12 +17,13 @@ from torch.autograd.function import once_differentiable
 from sora_lite.models.linear import ONEDNN, product, transposed
 
 LEAST, MOST = 1024, 2048
-"""Tokens between which it is worth it. With fewer, calls outweigh the products; with more, the weights (4 heads N M
-bytes per sample and layer) would take more memory than all that a block keeps besides."""
+"""Tokens between which it is worth it, as measured on one thread and two. With fewer, calls outweigh the products; with
+more, the weights (4 heads N M bytes per sample and layer) would take more memory than all that a block of head width 64
+keeps besides."""
 
 
 def suits(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether `attention` can stand for torch's and takes less time: on the way back, so only where there is one."""
+    """Whether `attention` takes less time than torch's: on the way back, so only where there is one."""
     trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     here = ONEDNN and all(one.device.type == "cpu" and one.dtype == torch.float32 for one in (q, k, v))
     return trains and here and LEAST <= q.shape[2] <= MOST and LEAST <= k.shape[2] <= MOST
@@ -67,7 +68,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """dv = w^T g; with s = dsoftmax(g v^T): dq = s k / sqrt(d), dk = s^T q / sqrt(d)."""
     grad_q, grad_k, grad_v = _like(q), _like(k), _like(v)
-    s = torch.empty_like(weights[0, 0])
+    s = weights.new_empty(weights.shape[2:])
     scale = q.shape[3] ** -0.5
     for b, h in _heads(q):
         w = weights[b, h]

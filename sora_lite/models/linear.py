@@ -24,7 +24,7 @@ class Linear(nn.Linear):
     """`nn.Linear`, with the same results to rounding; large ones have no second derivatives on CPUs.
 
     Torch has two libraries for matrix products on CPUs, and in float32 it asks MKL, where it has it. The other one,
-    oneDNN, is faster (`python -m benchmarks linear`).
+    oneDNN, is faster (`python -m benchmarks linear`), but for the way back to the weights from fewer than some 64 rows.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def transposed(x: Tensor) -> Tensor:
-    """x^T of a matrix, contiguous, as the first factor of `product` has to be."""
+    """x^T of a matrix, contiguous. `product` would copy a first factor that is not, but more slowly."""
     if torch.compiler.is_compiling() or torch.get_num_threads() > FEW_THREADS:
         return x.t().contiguous()
     # On one core torch's copy of a transpose takes three times as long as its shuffle of the channels of one pixel,

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from packaging.version import Version
 
 WORK = """
 import resource, torch
@@ -16,7 +17,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - start)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc" or Version(platform.libc_ver()[1]) < Version("2.35"),
+    reason="another C library, or one that always maps as much",
+)
 @pytest.mark.parametrize(
     ("before", "kept"),
     [
@@ -30,4 +34,4 @@ def test_pages_fetched_by_the_same_work_again(before: str, kept: bool) -> None:
     done = subprocess.run(
         [sys.executable, "-c", WORK.format(before=before)], capture_output=True, text=True, check=True
     )
-    assert (int(done.stdout) < 100) is kept
+    assert (int(done.stdout) < 16) is kept

@@ -29,15 +29,9 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: ... in_features. Returns ... out_features."""
-        large = ONEDNN and self.in_features * self.out_features >= LARGE
+        large = ONEDNN and self.in_features * self.out_features >= LARGE and x.numel() > 0
         here = x.device.type == self.weight.device.type == "cpu"
-        if (
-            large
-            and here
-            and x.numel()
-            and x.dtype == self.weight.dtype == torch.float32
-            and self.weight.is_contiguous()
-        ):
+        if large and here and x.dtype == self.weight.dtype == torch.float32 and self.weight.is_contiguous():
             y = _Linear.apply(x.reshape(-1, self.in_features), self.weight, self.bias)
             return y.view(*x.shape[:-1], self.out_features)
         return super().forward(x)
@@ -78,8 +72,8 @@ def transposed(x: Tensor) -> Tensor:
     """x^T of a matrix, contiguous. `product` would copy a first factor that is not, but more slowly."""
     if torch.compiler.is_compiling() or torch.get_num_threads() > FEW_THREADS:
         return x.t().contiguous()
-    # On one core torch's copy of a transpose takes three times as long as its shuffle of the channels of one pixel,
-    # which is the same.
+    # On one thread torch's copy of a transpose takes three times as long as its shuffle of one pixel's channels, which
+    # is the same.
     rows, columns = x.shape
     pixel = x.contiguous().as_strided((1, x.numel(), 1, 1), (x.numel(), 1, x.numel(), x.numel()))
     return F.channel_shuffle(pixel, rows).view(columns, rows)
